@@ -1,0 +1,16 @@
+//! What both sides of the wire must agree on: ids, trajectories, sampling, configuration, names of metrics.
+//!
+//! Used by the coordinator, the worker and the tests. No server, no libtorch, no file is opened here except
+//! configuration files that the user named.
+#![forbid(unsafe_code)]
+
+pub mod batch;
+pub mod config;
+pub mod error;
+pub mod ids;
+pub mod sampling;
+pub mod seed;
+pub mod shutdown;
+pub mod telemetry;
+pub mod trajectory;
+pub mod wire;

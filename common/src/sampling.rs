@@ -1,0 +1,42 @@
+//! How tokens are drawn, and what comes back: the contract between the agent loop and the rollout engine.
+
+use serde::{Deserialize, Serialize};
+
+/// How one turn is sampled. vLLM's and verl's meaning of each field.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SamplingParams {
+    /// 0 is greedy; otherwise logits are divided by it before anything else.
+    pub temperature: f64,
+    /// Nucleus: the smallest set of most likely tokens whose mass reaches this; 1 keeps all.
+    pub top_p: f64,
+    /// The k most likely tokens; `None` keeps all.
+    pub top_k: Option<u32>,
+    /// At most this many tokens in this turn, the stop token included.
+    pub max_tokens: u32,
+    /// Sampling one of these ends the turn; the stop token is part of the turn and of the loss.
+    pub stop_ids: Vec<u32>,
+}
+
+/// Why a turn ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StopReason {
+    /// One of `stop_ids` was sampled.
+    Stop,
+    /// `max_tokens`, or the engine's window, was reached.
+    Length,
+}
+
+/// What the policy sampled in one turn.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generation {
+    /// The sampled ids, the stop token included.
+    pub ids: Vec<u32>,
+    /// For each id its log-prob under the tempered distribution before top-p/top-k (as the learner computes
+    /// it); at temperature 0 that of the untempered distribution.
+    pub log_probs: Vec<f32>,
+    /// Why it ended.
+    pub stop: StopReason,
+    /// The weights that sampled it.
+    pub policy_version: crate::ids::PolicyVersion,
+}

@@ -1,0 +1,73 @@
+//! Logs and metric names, the same in every program.
+//!
+//! `init` is called once by each `main`; libraries only use `tracing` and `metrics`. Logs are plain text for
+//! people, on standard error or in a file; the filter comes from `AGENTFLY_LOG` (`debug`, `agentfly=trace`, …).
+
+pub mod names;
+
+use std::path::Path;
+
+use tracing_subscriber::EnvFilter;
+
+/// The environment variable that filters logs.
+pub const LOG_FILTER: &str = "AGENTFLY_LOG";
+
+/// Where log lines go.
+#[derive(Debug, Clone, Copy)]
+pub enum LogTo<'a> {
+    /// Standard error.
+    Stderr,
+    /// A file, appended to; made with its folder when absent.
+    File(&'a Path),
+}
+
+/// A subscriber that could not be installed.
+#[derive(Debug, thiserror::Error)]
+pub enum TelemetryError {
+    /// The log file cannot be opened.
+    #[error("could not open the log file {}", path.display())]
+    Open {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The filter is not one.
+    #[error("{LOG_FILTER}={given} is no log filter: {problem}; write for example {LOG_FILTER}=debug")]
+    Filter {
+        /// The text given.
+        given: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// `init` was called twice in one process.
+    #[error("logging was set up twice in one process: please report this")]
+    Twice,
+}
+
+/// Installs the process's log subscriber. `default` is the filter when `AGENTFLY_LOG` is unset.
+///
+/// # Errors
+/// A filter that cannot be parsed, a file that cannot be opened, a second call.
+pub fn init(to: LogTo<'_>, default: &str) -> Result<(), TelemetryError> {
+    let given = std::env::var(LOG_FILTER).unwrap_or_else(|_| default.to_owned());
+    let filter = EnvFilter::try_new(&given)
+        .map_err(|e| TelemetryError::Filter { given: given.clone(), problem: e.to_string() })?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_target(false);
+    let installed = match to {
+        LogTo::Stderr => {
+            let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+            builder.with_ansi(colours).with_writer(std::io::stderr).try_init()
+        }
+        LogTo::File(path) => {
+            let open = || {
+                path.parent().map_or(Ok(()), std::fs::create_dir_all)?;
+                std::fs::OpenOptions::new().create(true).append(true).open(path)
+            };
+            let file = open().map_err(|source| TelemetryError::Open { path: path.to_owned(), source })?;
+            builder.with_ansi(false).with_writer(std::sync::Mutex::new(file)).try_init()
+        }
+    };
+    installed.map_err(|_| TelemetryError::Twice)
+}
