@@ -1,0 +1,59 @@
+// The C face of what this crate needs from libtorch and tch does not bind: c10d's stores and process
+// groups, the fused AdamW kernel, and the float32 matrix-product precision.
+//
+// Every function that returns int gives AF_OK, or a code whose text af_last_error() holds for the calling
+// thread. No C++ exception leaves this file. Tensors are `torch::Tensor*`, which is tch's `*mut C_tensor`.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+  AF_OK = 0,
+  AF_OTHER = 1,
+  AF_TIMEOUT = 2,
+  AF_NETWORK = 3,
+  AF_STORE = 4,
+  AF_BACKEND = 5,
+  AF_UNSUPPORTED = 6,
+};
+
+typedef struct AfStore AfStore;
+typedef struct AfGroup AfGroup;
+typedef struct AfWork AfWork;
+
+const char* af_last_error(void);
+
+int af_store_tcp(const char* host, uint16_t port, int is_server, int64_t timeout_ms, AfStore** out, uint16_t* out_port);
+int af_store_prefix(AfStore* store, const char* prefix, AfStore** out);
+int af_store_set(AfStore* store, const char* key, const uint8_t* data, size_t len);
+int af_store_get(AfStore* store, const char* key, uint8_t** out, size_t* out_len);  // release with af_bytes_drop
+int af_store_add(AfStore* store, const char* key, int64_t delta, int64_t* out);
+void af_store_drop(AfStore* store);
+void af_bytes_drop(uint8_t* bytes);
+
+int af_group_gloo(AfStore* store, int rank, int size, const char* bind_host, int64_t timeout_ms, AfGroup** out);
+int af_group_nccl(AfStore* store, int rank, int size, int device, int64_t timeout_ms, AfGroup** out);
+int af_group_abort(AfGroup* group);
+void af_group_drop(AfGroup* group);
+
+int af_all_reduce(AfGroup* group, void* tensor, int op, AfWork** out);
+int af_broadcast(AfGroup* group, void* tensor, int root, AfWork** out);
+int af_all_gather(AfGroup* group, void* output, void* input, AfWork** out);
+int af_reduce_scatter(AfGroup* group, void* output, void* input, int op, AfWork** out);
+int af_send(AfGroup* group, void* tensor, int destination, int tag, AfWork** out);
+int af_recv(AfGroup* group, void* tensor, int source, int tag, AfWork** out);
+int af_barrier(AfGroup* group, int64_t timeout_ms, AfWork** out);
+int af_work_wait(AfWork* work, int64_t timeout_ms);
+void af_work_drop(AfWork* work);
+
+int af_fused_adamw(void** params, void** grads, void** exp_avgs, void** exp_avg_sqs, void** steps, size_t count,
+                   double lr, double beta1, double beta2, double weight_decay, double eps);
+int af_float32_matmul_precision(const char* precision);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,181 @@
+//! Two ranks as two threads over real loopback sockets: what the collectives promise, and how they fail.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking, too")]
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use agentfly_c10d::{ErrorKind, Group, ReduceOp, Store};
+use tch::{Device, Kind, Tensor};
+
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Runs `body` once per rank, each in its thread with its own store client, and gives the results by rank.
+fn ranks<T: Send + 'static>(
+    size: usize,
+    deadline: Duration,
+    body: impl Fn(Group) -> T + Send + Sync + 'static,
+) -> Vec<T> {
+    let (server, port) = Store::serve("127.0.0.1", 0, DEADLINE).unwrap();
+    let body = Arc::new(body);
+    let threads: Vec<_> = (0..size)
+        .map(|rank| {
+            let body = Arc::clone(&body);
+            thread::spawn(move || {
+                let store = Store::connect("127.0.0.1", port, DEADLINE).unwrap();
+                let store = store.with_prefix("group-0").unwrap();
+                body(Group::gloo(&store, rank, size, "127.0.0.1", deadline).unwrap())
+            })
+        })
+        .collect();
+    let results = threads.into_iter().map(|t| t.join().unwrap()).collect();
+    drop(server);
+    results
+}
+
+fn floats(tensor: &Tensor) -> Vec<f32> {
+    Vec::<f32>::try_from(tensor.flatten(0, -1)).unwrap()
+}
+
+#[test]
+fn all_reduce_is_exact_and_equal_on_every_rank() {
+    let results = ranks(3, DEADLINE, |group| {
+        let n = 100_003; // no multiple of anything
+        let mine = Tensor::arange(n, (Kind::Float, Device::Cpu)) * (group.rank() as f64 + 1.0);
+        let [sum, avg, min, max] = [ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Min, ReduceOp::Max].map(|op| {
+            let mut tensor = mine.copy();
+            group.all_reduce(&mut tensor, op).unwrap();
+            floats(&tensor)
+        });
+        (sum, avg, min, max)
+    });
+    for (sum, avg, min, max) in &results {
+        for i in [0usize, 1, 4097, 100_002] {
+            let x = i as f32;
+            assert_eq!((sum[i], avg[i], min[i], max[i]), (6.0 * x, 2.0 * x, x, 3.0 * x), "element {i}");
+        }
+    }
+    assert!(results.iter().all(|r| r == &results[0]), "ranks disagree");
+}
+
+#[test]
+fn broadcast_gather_scatter_and_messages_put_values_where_they_say() {
+    ranks(2, DEADLINE, |group| {
+        let rank = group.rank() as f32;
+        let mut shared = Tensor::from_slice(&[rank, rank]);
+        group.broadcast(&mut shared, 1).unwrap();
+        assert_eq!(floats(&shared), [1.0, 1.0]);
+
+        let mut gathered = Tensor::zeros([4], (Kind::Float, Device::Cpu));
+        group.all_gather(&mut gathered, &Tensor::from_slice(&[rank, 10.0 + rank])).unwrap();
+        assert_eq!(floats(&gathered), [0.0, 10.0, 1.0, 11.0]);
+
+        let mut part = Tensor::zeros([2], (Kind::Float, Device::Cpu));
+        group.reduce_scatter(&mut part, &gathered, ReduceOp::Sum).unwrap();
+        assert_eq!(floats(&part), if rank == 0.0 { [0.0, 20.0] } else { [2.0, 22.0] });
+
+        let mut message = Tensor::from_slice(&[7.0f32 * (1.0 - rank)]);
+        match group.rank() {
+            0 => group.send(&message, 1, 5).unwrap(),
+            _ => group.recv(&mut message, 0, 5).unwrap(),
+        }
+        assert_eq!(floats(&message), [7.0]);
+        group.barrier().unwrap();
+    });
+}
+
+#[test]
+fn a_peer_that_never_comes_is_a_timeout_that_names_the_collective() {
+    let start = Instant::now();
+    let results = ranks(2, Duration::from_millis(300), |group| match group.rank() {
+        0 => {
+            let failed = group.all_reduce(&mut Tensor::from_slice(&[1.0f32]), ReduceOp::Sum);
+            (Some(failed.unwrap_err()), None)
+        }
+        _ => (None, Some(group)), // stays alive, and silent, until rank 0 has given up
+    });
+    let error = results[0].0.clone().unwrap();
+    assert_eq!(error.kind, ErrorKind::Timeout, "{error}");
+    let text = error.to_string();
+    for part in ["all-reduce (Sum)", "rank 0 of 2", "300ms"] {
+        assert!(text.contains(part), "{part:?} is not in {text:?}");
+    }
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn a_peer_that_left_is_a_network_error() {
+    let results = ranks(2, DEADLINE, |group| match group.rank() {
+        0 => group.recv(&mut Tensor::from_slice(&[0.0f32]), 1, 0).err(),
+        _ => {
+            drop(group);
+            None
+        }
+    });
+    let error = results[0].clone().unwrap();
+    assert_eq!(error.kind, ErrorKind::Network, "{error}");
+}
+
+#[test]
+fn a_rank_that_never_joins_and_a_key_nobody_sets_are_timeouts_with_names() {
+    let short = Duration::from_millis(200);
+    let (store, _) = Store::serve("127.0.0.1", 0, short).unwrap();
+    let error = Group::gloo(&store, 0, 2, "127.0.0.1", short).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Timeout, "{error}");
+    assert!(error.to_string().contains("rank 0 of 2"), "{error}");
+    let error = store.get("weights-address").unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Timeout, "{error}");
+    assert!(error.to_string().contains("weights-address"), "{error}");
+}
+
+#[test]
+fn tensors_that_would_corrupt_memory_are_refused_before_anything_is_sent() {
+    ranks(2, DEADLINE, |group| {
+        let whole = Tensor::zeros([4, 4], (Kind::Float, Device::Cpu));
+        let error = group.all_reduce(&mut whole.narrow(1, 0, 2), ReduceOp::Sum).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::InvalidArgument);
+        assert!(error.to_string().contains("strides [4, 1]"), "{error}");
+
+        let short = Tensor::zeros([5], (Kind::Float, Device::Cpu));
+        let error = group.all_gather(&mut whole.copy(), &short).unwrap_err();
+        assert!(error.to_string().contains("16 elements of Float, a part 5"), "{error}");
+        let doubles = Tensor::zeros([8], (Kind::Double, Device::Cpu));
+        assert!(group.all_gather(&mut whole.copy(), &doubles).is_err());
+
+        assert!(group.broadcast(&mut whole.copy(), 2).unwrap_err().to_string().contains("0 to 1"));
+        assert!(group.send(&short, group.rank(), 0).is_err());
+        group.barrier().unwrap(); // and the group still works
+    });
+}
+
+#[test]
+fn a_store_is_shared_by_threads_and_prefixes_keep_groups_apart() {
+    let (store, port) = Store::serve("127.0.0.1", 0, DEADLINE).unwrap();
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for _ in 0..50 {
+                    store.add("counter", 1).unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(store.add("counter", 0).unwrap(), 400);
+    store.with_prefix("a").unwrap().set("key", b"one").unwrap();
+    store.with_prefix("b").unwrap().set("key", &[0, 255]).unwrap();
+    let client = Store::connect("127.0.0.1", port, DEADLINE).unwrap();
+    assert_eq!(client.with_prefix("a").unwrap().get("key").unwrap(), b"one");
+    assert_eq!(client.with_prefix("b").unwrap().get("key").unwrap(), [0, 255]);
+    assert!(Store::connect("127.0.0.1", 0, DEADLINE).is_err());
+    assert!(store.set("a\0b", b"").unwrap_err().to_string().contains("NUL at byte 1"));
+}
+
+#[test]
+fn an_nccl_group_says_what_it_lacks() {
+    if agentfly_c10d::has_nccl() {
+        return; // a CUDA build is tested with GPUs
+    }
+    let (store, _) = Store::serve("127.0.0.1", 0, DEADLINE).unwrap();
+    let error = Group::nccl(&store, 0, 1, 0, DEADLINE).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Unsupported, "{error}");
+}
