@@ -1,0 +1,138 @@
+//! Memory and CPU time of a snippet's process tree, read from `/proc` of the host.
+//!
+//! Called by the supervisor a few times per second for each running snippet. A snippet shares most of its memory with
+//! its zygote, so adding up resident sizes counts the warm image once per process and would kill innocent programs:
+//! the sum is only the cheap first test, and what decides is the proportional size, which counts a page shared by N
+//! processes as 1/N of a page.
+
+use std::fs;
+use std::time::Duration;
+
+use crate::limits::Limits;
+use crate::outcome::Status;
+
+/// More processes than any task limit allows to look at in one sample.
+const MOST_PROCESSES: usize = 8192;
+
+/// Watches one tree.
+pub(crate) struct Watcher {
+    root: i32,
+    memory_limit_bytes: u64,
+    cpu_limit: Duration,
+    /// Anonymous memory of the zygote, which each process of the tree starts with.
+    image_bytes: u64,
+    /// Most memory seen, in bytes, without the pages of the warm image.
+    pub(crate) peak_bytes: u64,
+}
+
+impl Watcher {
+    /// Watches the tree below the process `root` (a host process id).
+    pub(crate) fn new(root: i32, limits: &Limits, image_bytes: u64) -> Self {
+        let (memory_limit_bytes, cpu_limit) = (limits.memory_bytes, limits.cpu);
+        Self { root, memory_limit_bytes, cpu_limit, image_bytes, peak_bytes: 0 }
+    }
+
+    /// Takes one sample. Returns the limit that the tree is over, if it is.
+    pub(crate) fn over_limit(&mut self) -> Option<Status> {
+        let processes = tree(self.root);
+        let resident: Vec<u64> = processes
+            .iter()
+            .map(|process| sum_of(&format!("/proc/{process}/status"), &["RssAnon:", "RssShmem:"]))
+            .collect();
+        let own = resident.iter().map(|bytes| bytes.saturating_sub(self.image_bytes)).sum();
+        self.peak_bytes = self.peak_bytes.max(own);
+        if resident.iter().sum::<u64>() > self.memory_limit_bytes {
+            let proportional = processes
+                .iter()
+                .map(|process| sum_of(&format!("/proc/{process}/smaps_rollup"), &["Pss_Anon:", "Pss_Shmem:"]))
+                .sum::<u64>();
+            if proportional > self.memory_limit_bytes {
+                self.peak_bytes = self.peak_bytes.max(proportional);
+                return Some(Status::Memory);
+            }
+        }
+        let cpu: Duration = processes.iter().map(|process| cpu_time(*process)).sum();
+        (cpu > self.cpu_limit).then_some(Status::Timeout)
+    }
+}
+
+/// CPU time of a process and of the children that it has reaped; zero for a process that has just ended.
+fn cpu_time(process: i32) -> Duration {
+    let text = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    // The second field is the program's name, which may hold spaces and brackets; times are fields 14 to 17.
+    let fields =
+        text.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().skip(11).take(4)).into_iter().flatten();
+    let ticks: u64 = fields.filter_map(|field| field.parse::<u64>().ok()).sum();
+    let per_second = rustix::param::clock_ticks_per_second().max(1);
+    Duration::from_millis(ticks.saturating_mul(1000) / per_second)
+}
+
+/// A process and all its descendants. Orphans are not lost: the snippet is process 1 of its namespace and inherits them.
+fn tree(root: i32) -> Vec<i32> {
+    let mut found = vec![root];
+    let mut next = 0;
+    while let Some(process) = found.get(next).copied() {
+        next += 1;
+        if found.len() > MOST_PROCESSES {
+            break;
+        }
+        let Ok(threads) = fs::read_dir(format!("/proc/{process}/task")) else {
+            continue;
+        };
+        for thread in threads.flatten() {
+            let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+            found.extend(children.split_whitespace().filter_map(|id| id.parse::<i32>().ok()));
+        }
+    }
+    found
+}
+
+/// Adds up the lines of a `/proc` file that start with one of `keys`, in bytes; 0 for a process that has just ended.
+pub(crate) fn sum_of(path: &str, keys: &[&str]) -> u64 {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.lines()
+        .filter(|line| keys.iter().any(|key| line.starts_with(key)))
+        .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok())
+        .map(|kibibytes| kibibytes.saturating_mul(1024))
+        .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_finds_itself_and_its_memory() {
+        let me = std::process::id().cast_signed();
+        assert_eq!(tree(me).first(), Some(&me));
+        let held = vec![7_u8; 32 << 20];
+        let limits = |memory_bytes, cpu| Limits { memory_bytes, cpu, ..Limits::default() };
+        let mut watcher = Watcher::new(me, &limits(16 << 20, Duration::MAX), 0);
+        assert_eq!(watcher.over_limit(), Some(Status::Memory), "{} bytes are held", held.len());
+        assert!(watcher.peak_bytes >= 32 << 20);
+        let mut generous = Watcher::new(me, &limits(1 << 40, Duration::MAX), 0);
+        assert_eq!(generous.over_limit(), None);
+    }
+
+    #[test]
+    fn cpu_time_is_counted_in_real_units() {
+        let me = std::process::id().cast_signed();
+        let started = std::time::Instant::now();
+        let before = cpu_time(me);
+        while cpu_time(me) < before + Duration::from_millis(100) {
+            assert!(started.elapsed() < Duration::from_secs(60), "a busy loop must use CPU time");
+        }
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let used = cpu_time(me) - before;
+        assert!(
+            used <= started.elapsed() * u32::try_from(cores).expect("few") + Duration::from_millis(50),
+            "{used:?}"
+        );
+    }
+
+    #[test]
+    fn a_process_that_has_ended_counts_nothing() {
+        assert_eq!(sum_of("/proc/0/status", &["RssAnon:"]), 0);
+        assert_eq!(cpu_time(0), Duration::ZERO);
+    }
+}

@@ -1,0 +1,154 @@
+//! Every attack of `tests/abuse`, as the user who runs the tests and as one without privileges.
+//!
+//! The attacks are harmless even if the sandbox failed: they open for writing without writing, and every loop ends.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::Path;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use agentfly_sandbox::{Limits, Outcome, Sandbox, SandboxError, Snippet, Status};
+use serde::Deserialize;
+
+#[derive(Deserialize)]
+struct Suite {
+    cases: Vec<Case>,
+}
+
+/// One attack; the fields are those of `abuse.json`.
+#[derive(Deserialize)]
+struct Case {
+    name: String,
+    file: String,
+    outcome: String,
+    must: Vec<String>,
+    must_not: Vec<String>,
+    max_wall_s: f64,
+    setup: Option<String>,
+}
+
+const CANARY: &str = "CANARY-env";
+
+#[test]
+fn no_attack_gets_out_as_the_user_of_these_tests() {
+    finish(&mut common::again("attack"));
+}
+
+#[test]
+fn no_attack_gets_out_as_a_user_without_privileges() {
+    match common::again_as_nobody("attack") {
+        Ok(mut command) => finish(&mut command),
+        Err(reason) => println!("NOT RUN as a second user: {reason}"),
+    }
+}
+
+fn finish(command: &mut std::process::Command) {
+    let output = command.env("WANDB_API_KEY", CANARY).output().expect("the test program starts");
+    let text = common::text(&output);
+    print!("{text}");
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("attacks held") || text.contains("NOT RUN"), "the attacks did not run:\n{text}");
+}
+
+#[test]
+#[ignore = "run by the two tests above, in a process with secrets in its environment"]
+fn attack() {
+    assert_eq!(std::env::var("WANDB_API_KEY").as_deref(), Ok(CANARY), "there must be a secret to steal");
+    // Another test process may hold the same names: then its listener is the one to be reached.
+    let _listener = TcpListener::bind("127.0.0.1:18999");
+    let _socket = SocketAddr::from_abstract_name("canary").and_then(|name| UnixDatagram::bind_addr(&name));
+    let sandbox = match Sandbox::start(common::config(&[])) {
+        Err(SandboxError::Unsupported(reason)) => {
+            println!("NOT RUN: this node refuses the sandbox to this user: {reason}");
+            return;
+        }
+        other => other.expect("the sandbox starts"),
+    };
+    let suite = std::fs::read_to_string(folder().join("abuse.json")).expect("abuse.json");
+    let suite: Suite = serde_json::from_str(&suite).expect("abuse.json has the fields above");
+    let (queue, failures) = (Mutex::new(suite.cases.iter()), Mutex::new(BTreeMap::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                loop {
+                    let case = queue.lock().expect("no panic under the lock").next();
+                    let Some(case) = case else { return };
+                    if let Err(reason) = hold(&sandbox, case) {
+                        failures.lock().expect("no panic under the lock").insert(&case.name, reason);
+                    }
+                }
+            });
+        }
+    });
+    let failures = failures.into_inner().expect("no panic under the lock");
+    assert!(failures.is_empty(), "on the {} tier: {failures:#?}", sandbox.tier());
+    let tier = sandbox.tier();
+    nothing_is_left(sandbox);
+    println!("{} attacks held on the {tier} tier", suite.cases.len());
+}
+
+fn folder() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/abuse"))
+}
+
+fn hold(sandbox: &Sandbox, case: &Case) -> Result<(), String> {
+    let source =
+        |file: &str| std::fs::read_to_string(folder().join(file)).map_err(|e| format!("{file}: {e}"));
+    if let Some(setup) = &case.setup {
+        common::run(sandbox, &source(setup)?);
+    }
+    let started = Instant::now();
+    // Filling the memory takes time: on a busy machine it must not be the clock that ends it.
+    let patience = Duration::from_secs(if case.outcome == "killed:mem" { 40 } else { 5 });
+    let limits = Some(Limits { wall: patience, ..Limits::default() });
+    let code = source(&case.file)?;
+    let outcome = sandbox.run(&Snippet { code: &code, seed: 1, limits }).map_err(|e| e.to_string())?;
+    let seconds = started.elapsed().as_secs_f64();
+    judge(case, &outcome, seconds - patience.as_secs_f64() + 5.0)
+        .map_err(|reason| format!("{reason}: {outcome:?}"))?;
+    let next = common::run(sandbox, "print(1+1)");
+    if next.stdout == "2\n" { Ok(()) } else { Err(format!("the next snippet does not work: {next:?}")) }
+}
+
+fn judge(case: &Case, outcome: &Outcome, seconds: f64) -> Result<(), String> {
+    let fits = match case.outcome.as_str() {
+        "any" => true,
+        "ok" => outcome.status == Status::Ok,
+        "error" => outcome.status == Status::Error,
+        "killed:mem" => outcome.status == Status::Memory,
+        "killed:wall" => outcome.status == Status::Timeout,
+        "any_killed" => !matches!(outcome.status, Status::Ok | Status::Error),
+        other => {
+            return Err(format!("abuse.json knows an outcome that this test does not: {other}"));
+        }
+    };
+    if !fits {
+        return Err(format!("the outcome is not {}", case.outcome));
+    }
+    let output = format!("{}{}", outcome.stdout, outcome.stderr);
+    if let Some(missing) = case.must.iter().find(|text| !output.contains(text.as_str())) {
+        return Err(format!("{missing:?} is missing"));
+    }
+    if let Some(escape) = case.must_not.iter().find(|text| output.contains(text.as_str())) {
+        return Err(format!("{escape:?} happened"));
+    }
+    // Others may be using this machine: a snippet that needed no limit gets some of their time on top.
+    if seconds > case.max_wall_s + 4.0 { Err(format!("it took {seconds:.1} s")) } else { Ok(()) }
+}
+
+/// The zygote is process 1 of its pid namespace: every orphan of a snippet would be found below it.
+fn nothing_is_left(sandbox: Sandbox) {
+    let me = std::process::id();
+    for zygote in common::children(me) {
+        assert_eq!(common::children(zygote), [0_u32; 0], "an orphan or a zombie is left");
+    }
+    drop(sandbox);
+    assert_eq!(common::children(me), [0_u32; 0], "a zygote outlived its pool");
+    let mounts = std::fs::read_to_string("/proc/self/mounts").expect("mounts");
+    assert!(!mounts.contains("nr_inodes=4096"), "a mount is left:\n{mounts}");
+}

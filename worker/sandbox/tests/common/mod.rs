@@ -1,0 +1,129 @@
+//! What the sandbox's tests share: the interpreter, a pool, and running a test again as another process or user.
+
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use agentfly_sandbox::{Outcome, Sandbox, SandboxConfig, Snippet};
+
+/// The interpreter that the tests run on: `AGENTFLY_SANDBOX_PYTHON`, or the environment that `make setup` makes.
+pub fn python() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let python = std::env::var_os("AGENTFLY_SANDBOX_PYTHON")
+        .map_or_else(|| root.join("third_party/sandbox-venv/bin/python"), PathBuf::from);
+    assert!(
+        python.exists(),
+        "{} does not exist: run `make setup` (or deploy/scripts/setup_python.sh), or set AGENTFLY_SANDBOX_PYTHON",
+        python.display()
+    );
+    python
+}
+
+pub fn config(preload: &[&str]) -> SandboxConfig {
+    SandboxConfig {
+        slots: 4,
+        preload: preload.iter().map(|m| (*m).to_owned()).collect(),
+        ..SandboxConfig::new(python())
+    }
+}
+
+pub fn start(preload: &[&str]) -> Sandbox {
+    Sandbox::start(config(preload)).expect("the sandbox starts")
+}
+
+pub fn run(sandbox: &Sandbox, code: &str) -> Outcome {
+    sandbox.run(&Snippet { code, seed: 1, limits: None }).expect("the sandbox works")
+}
+
+/// Children of a process, by its threads.
+pub fn children(process: u32) -> Vec<u32> {
+    let Ok(threads) = fs::read_dir(format!("/proc/{process}/task")) else {
+        return Vec::new();
+    };
+    threads
+        .flatten()
+        .map(|thread| fs::read_to_string(thread.path().join("children")).unwrap_or_default())
+        .flat_map(|line| line.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<_>>())
+        .collect()
+}
+
+/// This test program, to run one ignored test in a process of its own.
+pub fn again(test: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().expect("a test program has a path"));
+    command.args(["--exact", test, "--ignored", "--nocapture"]);
+    command
+}
+
+/// As [`again`], but as the user 65534. `Err` says why that is not possible here.
+///
+/// The interpreter may lie below a directory that only root may enter. In a mount namespace of the test's own an empty
+/// directory takes that one's place, with nothing in it but the paths needed.
+pub fn again_as_nobody(test: &str) -> Result<Command, String> {
+    if fs::read_to_string("/proc/self/status").is_ok_and(|s| !s.contains("\nUid:\t0\t0\t")) {
+        return Err("only root can become another user".into());
+    }
+    for tool in ["unshare", "setpriv"] {
+        if Command::new(tool).arg("--version").output().is_err() {
+            return Err(format!("the program {tool} (util-linux) is missing"));
+        }
+    }
+    let program = std::env::current_exe().expect("a test program has a path");
+    let venv = python().parent().and_then(Path::parent).expect("bin/python").canonicalize().expect("exists");
+    let interpreter = python().canonicalize().expect("exists");
+    let prefix = interpreter.parent().and_then(Path::parent).expect("bin/python").to_owned();
+    let target = program.parent().expect("has a directory").to_owned();
+    let closed: Vec<PathBuf> =
+        [&venv, &prefix, &target].into_iter().filter_map(|path| first_closed(path)).collect();
+    let script = r#"
+        set -e
+        mount -t tmpfs none /mnt
+        count=0
+        for path in "$VENV" "$PREFIX" "$TARGET"; do
+            count=$((count + 1)); mkdir /mnt/$count; mount --rbind "$path" /mnt/$count
+        done
+        for directory in "$@"; do mount -t tmpfs -o mode=0755 none "$directory"; done
+        count=0
+        for path in "$VENV" "$PREFIX" "$TARGET"; do
+            count=$((count + 1))
+            [ -e "$path" ] || { mkdir -p "$path"; mount --rbind /mnt/$count "$path"; }
+        done
+        exec setpriv --reuid 65534 --regid 65534 --clear-groups -- "$PROGRAM" --exact "$TEST" --ignored --nocapture
+    "#;
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script, "sh"]).args(closed);
+    command
+        .env("VENV", venv)
+        .env("PREFIX", prefix)
+        .env("TARGET", target)
+        .env("PROGRAM", program)
+        .env("TEST", test);
+    command.env("AGENTFLY_SANDBOX_PYTHON", python().canonicalize_parent());
+    Ok(command)
+}
+
+/// The topmost directory on the way to `path` that others may not enter.
+fn first_closed(path: &Path) -> Option<PathBuf> {
+    let mut above: Vec<_> = path.ancestors().collect();
+    above.reverse();
+    let open = |d: &Path| fs::metadata(d).is_ok_and(|m| m.permissions().mode() & 0o001 != 0);
+    above.into_iter().find(|directory| !open(directory)).map(Path::to_owned)
+}
+
+trait CanonicalParent {
+    fn canonicalize_parent(&self) -> PathBuf;
+}
+
+impl CanonicalParent for PathBuf {
+    /// Absolute, but with its last symlink kept: `bin/python` tells which environment it belongs to.
+    fn canonicalize_parent(&self) -> PathBuf {
+        let parent = self.parent().expect("has a parent").canonicalize().expect("exists");
+        parent.join(self.file_name().expect("has a name"))
+    }
+}
+
+pub fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}

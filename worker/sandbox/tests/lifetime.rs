@@ -1,0 +1,145 @@
+//! Zygotes die and are replaced; nothing outlives its owner.
+
+mod common;
+
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use agentfly_sandbox::{Sandbox, SandboxConfig, SandboxError, Snippet, Status};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{Pid, PidfdFlags, Signal};
+
+/// The tests look at this process's children: one at a time.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> std::sync::MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+fn only_zygote() -> u32 {
+    let children = common::children(std::process::id());
+    assert_eq!(children.len(), 1, "{children:?}");
+    children[0]
+}
+
+fn pid(id: u32) -> Pid {
+    Pid::from_raw(id.cast_signed()).expect("a process id is positive")
+}
+
+#[test]
+fn a_killed_zygote_is_replaced_by_the_next_call() {
+    let _alone = alone();
+    let sandbox = common::start(&[]);
+    let first = only_zygote();
+    rustix::process::kill_process(pid(first), Signal::KILL).expect("killed");
+    assert_eq!(common::run(&sandbox, "print(1)").stdout, "1\n");
+    assert_ne!(only_zygote(), first, "the first one is reaped and a second one serves");
+}
+
+#[test]
+fn a_snippet_whose_zygote_dies_is_a_fault_and_not_an_outcome() {
+    let _alone = alone();
+    let sandbox = common::start(&[]);
+    let zygote = only_zygote();
+    std::thread::scope(|scope| {
+        let call = scope.spawn(|| sandbox.run(&Snippet { code: "while True: pass", seed: 0, limits: None }));
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while common::children(zygote).is_empty() && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        rustix::process::kill_process(pid(zygote), Signal::KILL).expect("killed");
+        let answer = call.join().expect("no panic");
+        // Killed within the fork itself the snippet was started again, on a fresh zygote.
+        let ended = |s: &Status| *s == Status::Timeout;
+        assert!(
+            matches!(&answer, Err(SandboxError::ZygoteLost))
+                || answer.as_ref().is_ok_and(|o| ended(&o.status)),
+            "{answer:?}"
+        );
+    });
+    assert_eq!(common::run(&sandbox, "print(2)").stdout, "2\n");
+}
+
+#[test]
+fn a_zygote_retires_after_its_number_of_snippets() {
+    let _alone = alone();
+    let sandbox = Sandbox::start(SandboxConfig { restart_after: 3, ..common::config(&[]) }).expect("starts");
+    let first = only_zygote();
+    for n in 0..6 {
+        assert_eq!(common::run(&sandbox, &format!("print({n})")).stdout, format!("{n}\n"));
+    }
+    assert_ne!(only_zygote(), first);
+    drop(sandbox);
+    assert_eq!(common::children(std::process::id()), [0_u32; 0]);
+}
+
+#[test]
+fn descriptors_do_not_pile_up() {
+    let _alone = alone();
+    let sandbox = common::start(&[]);
+    let open = || std::fs::read_dir("/proc/self/fd").expect("open descriptors").count();
+    let before = open();
+    for _ in 0..40 {
+        common::run(&sandbox, "print(1)");
+    }
+    assert_eq!(open(), before);
+}
+
+#[test]
+fn an_owner_killed_with_sigkill_leaves_no_process() {
+    let mut owner =
+        common::again("own_a_sandbox_until_killed").stdout(Stdio::piped()).spawn().expect("starts");
+    let lines = BufReader::new(owner.stdout.take().expect("piped")).lines();
+    let line = lines
+        .map_while(Result::ok)
+        .find_map(|line| line.split_once("processes ").map(|(_, rest)| rest.to_owned()));
+    let processes: Vec<u32> = line
+        .expect("the owner tells its processes")
+        .split(' ')
+        .map(|id| id.parse().expect("a number"))
+        .collect();
+    assert!(processes.len() >= 2, "a zygote and a snippet: {processes:?}");
+    let handles: Vec<_> = processes
+        .iter()
+        .map(|id| rustix::process::pidfd_open(pid(*id), PidfdFlags::empty()).expect("it runs"))
+        .collect();
+    owner.kill().expect("killed");
+    owner.wait().expect("reaped");
+    for (process, handle) in processes.iter().zip(&handles) {
+        let mut polled = [PollFd::new(handle, PollFlags::IN)];
+        let ended =
+            rustix::event::poll(&mut polled, Some(&Timespec { tv_sec: 20, tv_nsec: 0 })).expect("polls");
+        assert_eq!(ended, 1, "process {process} outlived its owner");
+    }
+}
+
+#[test]
+#[ignore = "run by the test above, which kills it"]
+fn own_a_sandbox_until_killed() {
+    let sandbox = common::start(&[]);
+    let zygote = only_zygote();
+    std::thread::scope(|scope| {
+        let limits = Some(agentfly_sandbox::Limits { wall: Duration::from_secs(60), ..Default::default() });
+        let code = "import os, time\nos.fork()\ntime.sleep(60)";
+        scope.spawn(|| sandbox.run(&Snippet { code, seed: 0, limits }));
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut below = Vec::new();
+        while below.is_empty() && Instant::now() < deadline {
+            below = common::children(zygote);
+        }
+        let all: Vec<_> = [zygote].into_iter().chain(below).map(|id| id.to_string()).collect();
+        println!("processes {}", all.join(" "));
+    });
+}
+
+#[test]
+fn an_interpreter_that_is_not_there_or_cannot_import_is_named() {
+    let missing = Sandbox::start(SandboxConfig::new("/nowhere/bin/python")).expect_err("missing").to_string();
+    assert!(missing.contains("/nowhere/bin/python") && missing.contains("make setup"), "{missing}");
+    let _alone = alone();
+    let unknown = Sandbox::start(common::config(&["no_such_module"])).expect_err("cannot import").to_string();
+    assert!(unknown.contains("ModuleNotFoundError: No module named 'no_such_module'"), "{unknown}");
+    assert_eq!(common::children(std::process::id()), [0_u32; 0], "the failed zygote is reaped");
+}
