@@ -1,0 +1,273 @@
+//! The device thread: one OS thread that owns the decoder, the engine and what a rank keeps beside them (its
+//! learner), and the async handle through which everything else reaches it.
+//!
+//! What must stay true: tensors are touched on this thread alone; work that is not a decode step runs between
+//! decode steps; a panic in any of it becomes the caller's error and the thread lives on; every caller gets an
+//! answer or a [`DeviceError::Stopped`].
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use agentfly_common::ids::PolicyVersion;
+use agentfly_common::sampling::Generation;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::engine::{Engine, EngineError, TurnRequest};
+use crate::model::Decoder;
+
+/// Messages that may wait for the device before senders do.
+const MAILBOX_MESSAGES: usize = 1024;
+
+/// What the device thread owns.
+#[derive(Debug)]
+pub struct Device<S> {
+    /// The policy.
+    pub decoder: Decoder,
+    /// Generates with it.
+    pub engine: Engine,
+    /// The version of its weights.
+    pub policy_version: PolicyVersion,
+    /// What else lives here: a rank's learner, say.
+    pub extra: S,
+}
+
+/// Work the device did not do, or did not finish.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The thread has ended.
+    #[error("{what}: the device thread has stopped")]
+    Stopped {
+        /// What was asked of it.
+        what: &'static str,
+    },
+    /// The work panicked.
+    #[error("{what} failed on the device thread: {message}")]
+    Panicked {
+        /// What was asked of it.
+        what: &'static str,
+        /// The panic's message.
+        message: String,
+    },
+    /// The operating system gave no thread.
+    #[error("cannot start the device thread: {0}")]
+    Spawn(std::io::Error),
+    /// The turn was refused or failed.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The forward pass failed for every running turn.
+    #[error("the decode step failed, and every running turn with it: {0}")]
+    Step(String),
+    /// What [`DeviceHandle::start`] was given could not be made.
+    #[error("cannot set up the device: {0:#}")]
+    Setup(anyhow::Error),
+}
+
+type Reply = oneshot::Sender<Result<Generation, DeviceError>>;
+type Job<S> = Box<dyn FnOnce(&mut Device<S>) + Send>;
+
+enum Message<S> {
+    Generate(TurnRequest, Reply),
+    Call(Job<S>),
+    Stop(oneshot::Sender<()>),
+}
+
+/// The way to the device thread; clones share it. When the last one is dropped the thread ends.
+pub struct DeviceHandle<S> {
+    mailbox: mpsc::Sender<Message<S>>,
+    /// Chains to release; beside the mailbox because a release must neither wait nor be lost.
+    released: Arc<Mutex<Vec<u64>>>,
+}
+
+impl<S> Clone for DeviceHandle<S> {
+    fn clone(&self) -> Self {
+        Self { mailbox: self.mailbox.clone(), released: Arc::clone(&self.released) }
+    }
+}
+
+impl<S> std::fmt::Debug for DeviceHandle<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DeviceHandle").field("stopped", &self.mailbox.is_closed()).finish()
+    }
+}
+
+impl<S: 'static> DeviceHandle<S> {
+    /// Starts the thread and waits until `make`, run on it, has made what it owns.
+    ///
+    /// # Errors
+    /// When there is no thread to be had, or `make` fails or panics.
+    pub async fn start(
+        make: impl FnOnce() -> anyhow::Result<Device<S>> + Send + 'static,
+    ) -> Result<Self, DeviceError> {
+        let (mailbox, inbox) = mpsc::channel(MAILBOX_MESSAGES);
+        let released = Arc::new(Mutex::new(Vec::new()));
+        let (made, ready) = oneshot::channel();
+        let worker = Worker { inbox, released: Arc::clone(&released), running: Vec::new() };
+        let run = move || {
+            let what = "setting up the device";
+            match catch_unwind(AssertUnwindSafe(make)) {
+                Ok(Ok(device)) => {
+                    // Nobody listening means nobody holds the mailbox either: the loop ends at once.
+                    let _nobody_listens = made.send(Ok(()));
+                    worker.run(device);
+                }
+                Ok(Err(error)) => drop(made.send(Err(DeviceError::Setup(error)))),
+                Err(panic) => {
+                    drop(made.send(Err(DeviceError::Panicked { what, message: panic_text(&*panic) })));
+                }
+            }
+        };
+        std::thread::Builder::new().name("device".to_owned()).spawn(run).map_err(DeviceError::Spawn)?;
+        ready.await.map_err(|_| DeviceError::Stopped { what: "setting up the device" })??;
+        Ok(Self { mailbox, released })
+    }
+
+    /// Samples one turn. Dropping the future cancels it; the chain and its cache stay until [`Self::release`].
+    ///
+    /// # Errors
+    /// When the engine refuses the request, the forward pass fails, or the thread has stopped.
+    pub async fn generate(&self, request: TurnRequest) -> Result<Generation, DeviceError> {
+        let what = "generating a turn";
+        let (reply, answer) = oneshot::channel();
+        let message = Message::Generate(request, reply);
+        self.mailbox.send(message).await.map_err(|_| DeviceError::Stopped { what })?;
+        answer.await.map_err(|_| DeviceError::Stopped { what })?
+    }
+
+    /// Forgets a chain, at the device's next step.
+    pub fn release(&self, chain: u64) {
+        self.released.lock().unwrap_or_else(PoisonError::into_inner).push(chain);
+    }
+
+    /// Runs `f` on the device thread between decode steps; `what` is for errors. It runs to its end even if
+    /// this future is dropped after it was sent.
+    ///
+    /// # Errors
+    /// When `f` panics or the thread has stopped.
+    pub async fn call<R: Send + 'static>(
+        &self,
+        what: &'static str,
+        f: impl FnOnce(&mut Device<S>) -> R + Send + 'static,
+    ) -> Result<R, DeviceError> {
+        let (reply, answer) = oneshot::channel();
+        let job: Job<S> = Box::new(move |device| {
+            let outcome = catch_unwind(AssertUnwindSafe(|| f(device)))
+                .map_err(|panic| DeviceError::Panicked { what, message: panic_text(&*panic) });
+            let _caller_is_gone = reply.send(outcome);
+        });
+        self.mailbox.send(Message::Call(job)).await.map_err(|_| DeviceError::Stopped { what })?;
+        answer.await.map_err(|_| DeviceError::Stopped { what })?
+    }
+
+    /// Ends the thread after the messages before this one, and waits until it has dropped everything it owns.
+    /// Turns still running get [`DeviceError::Stopped`].
+    pub async fn stop(&self) {
+        let (done, ended) = oneshot::channel();
+        if self.mailbox.send(Message::Stop(done)).await.is_ok() {
+            // An error means the thread ended before it could answer, which is what was asked for.
+            let _already_gone = ended.await;
+        }
+    }
+}
+
+/// The thread's side.
+struct Worker<S> {
+    inbox: mpsc::Receiver<Message<S>>,
+    released: Arc<Mutex<Vec<u64>>>,
+    running: Vec<(u64, Reply)>,
+}
+
+impl<S> Worker<S> {
+    fn run(mut self, mut device: Device<S>) {
+        loop {
+            self.release(&mut device.engine);
+            let next = if device.engine.has_work() {
+                match self.inbox.try_recv() {
+                    Ok(message) => Some(message),
+                    Err(mpsc::error::TryRecvError::Empty) => None,
+                    Err(mpsc::error::TryRecvError::Disconnected) => return,
+                }
+            } else {
+                match self.inbox.blocking_recv() {
+                    Some(message) => Some(message),
+                    None => return,
+                }
+            };
+            match next {
+                Some(Message::Generate(request, reply)) => self.submit(&mut device.engine, request, reply),
+                Some(Message::Call(job)) => job(&mut device),
+                Some(Message::Stop(done)) => {
+                    self.inbox.close();
+                    drop(device);
+                    drop(self);
+                    let _caller_is_gone = done.send(());
+                    return;
+                }
+                None => self.step(&mut device),
+            }
+        }
+    }
+
+    fn release(&self, engine: &mut Engine) {
+        let chains = std::mem::take(&mut *self.released.lock().unwrap_or_else(PoisonError::into_inner));
+        for chain in chains {
+            engine.release(chain);
+        }
+    }
+
+    fn submit(&mut self, engine: &mut Engine, request: TurnRequest, reply: Reply) {
+        if reply.is_closed() {
+            return;
+        }
+        let chain = request.chain;
+        match engine.submit(request) {
+            Ok(()) => self.running.push((chain, reply)),
+            Err(error) => drop(reply.send(Err(error.into()))),
+        }
+    }
+
+    /// One decode step, without the turns nobody waits for any more.
+    fn step(&mut self, device: &mut Device<S>) {
+        self.running.retain(|(chain, reply)| {
+            if reply.is_closed() {
+                device.engine.cancel(*chain);
+            }
+            !reply.is_closed()
+        });
+        let Device { decoder, engine, policy_version, .. } = device;
+        let outcome = catch_unwind(AssertUnwindSafe(|| engine.step(decoder, *policy_version)));
+        let failure = match outcome {
+            Ok(Ok(ended)) => {
+                for (chain, result) in ended {
+                    self.answer(chain, result.map_err(DeviceError::from));
+                }
+                return;
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(panic) => panic_text(&*panic),
+        };
+        tracing::error!(turns = self.running.len(), error = failure, "decode step failed");
+        for (chain, reply) in std::mem::take(&mut self.running) {
+            engine.cancel(chain);
+            let _caller_is_gone = reply.send(Err(DeviceError::Step(failure.clone())));
+        }
+        // A step that stopped half-way may have left half a cache.
+        engine.forget_weights();
+    }
+
+    fn answer(&mut self, chain: u64, result: Result<Generation, DeviceError>) {
+        if let Some(place) = self.running.iter().position(|(id, _)| *id == chain) {
+            let (_, reply) = self.running.swap_remove(place);
+            let _caller_is_gone = reply.send(result);
+        }
+    }
+}
+
+/// What a panic said.
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    match (panic.downcast_ref::<String>(), panic.downcast_ref::<&str>()) {
+        (Some(text), _) => text.lines().next().unwrap_or_default().to_owned(),
+        (None, Some(text)) => (*text).to_owned(),
+        (None, None) => "a panic without a message".to_owned(),
+    }
+}

@@ -1,0 +1,330 @@
+//! The rollout engine: continuous batching of many chains on one device.
+//!
+//! Lives on the device thread, which calls [`Engine::step`] while there is work. A chain submits one turn at a
+//! time; while its tool runs its keys and values stay cached, so the next turn computes only what is new.
+//!
+//! What must stay true:
+//! - a turn's tokens depend on its chain's tokens, its seed and the weights, never on what else is batched;
+//! - a chain's tokens are kept until [`Engine::release`], so losing its cache costs time, never the chain;
+//! - running out of slots or of window is a wait or a [`StopReason::Length`], never an error.
+
+mod batch;
+mod cache;
+mod chain;
+mod sampler;
+mod schedule;
+
+use std::collections::{BTreeMap, VecDeque};
+
+use agentfly_common::ids::PolicyVersion;
+use agentfly_common::sampling::{Generation, SamplingParams, StopReason};
+
+use crate::model::{Decoder, ModelConfig, ModelError};
+use cache::KvCache;
+use chain::{Chain, Turn};
+
+/// How much the engine may hold at a time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Chains whose keys and values are cached at a time, and so the largest decode batch.
+    pub max_slots: usize,
+    /// The window: tokens of a chain, prompt and observations included.
+    pub max_tokens_per_chain: usize,
+    /// Tokens, padding included, of one prefill pass; longer prompts take several, with decoding between.
+    pub max_prefill_tokens: usize,
+}
+
+/// One turn of one chain.
+#[derive(Debug, Clone)]
+pub struct TurnRequest {
+    /// The chain.
+    pub chain: u64,
+    /// Chains of the same group begin with the same prompt, which is computed once for all of them.
+    pub group: Option<u64>,
+    /// What was added since this chain's last turn: its prompt, or a tool's observation.
+    pub new_tokens: Vec<u32>,
+    /// How to sample.
+    pub sampling: SamplingParams,
+    /// The random stream of this turn.
+    pub seed: u64,
+}
+
+/// What the engine has done since it was made, and what it holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct EngineStats {
+    /// Chains not yet released.
+    pub chains: usize,
+    /// Chains in the decode batch.
+    pub decoding: usize,
+    /// Turns that wait for a slot or for prefill.
+    pub waiting: usize,
+    /// Slots held by chains, decoding or idle.
+    pub slots_held: usize,
+    /// Calls of [`Engine::step`] that computed something.
+    pub steps: u64,
+    /// Tokens whose keys and values were computed by prefill.
+    pub prefill_tokens: u64,
+    /// Tokens whose keys and values were copied from a chain of the same group instead.
+    pub shared_tokens: u64,
+    /// Tokens sampled.
+    pub decode_tokens: u64,
+    /// Idle chains that lost their cache to a waiting one.
+    pub evictions: u64,
+}
+
+/// A turn that was refused or failed.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// A chain's turns follow one another.
+    #[error("chain {chain} already has a turn running; submit the next one when it has ended")]
+    Busy {
+        /// The chain.
+        chain: u64,
+    },
+    /// There is nothing to predict from.
+    #[error("chain {chain} has no tokens: its first turn needs a prompt")]
+    EmptyPrompt {
+        /// The chain.
+        chain: u64,
+    },
+    /// A token the model does not have.
+    #[error(
+        "chain {chain}: token {token} is not in the model's vocabulary of {vocab}; is the tokenizer another model's?"
+    )]
+    UnknownToken {
+        /// The chain.
+        chain: u64,
+        /// The token.
+        token: u32,
+        /// The vocabulary's size.
+        vocab: i64,
+    },
+    /// A sampling parameter out of its range.
+    #[error("chain {chain}: {name} = {value} cannot be sampled with; {needed}")]
+    Sampling {
+        /// The chain.
+        chain: u64,
+        /// The parameter.
+        name: &'static str,
+        /// Its value.
+        value: f64,
+        /// Its range.
+        needed: &'static str,
+    },
+    /// The weights gave a token no probability that is a number.
+    #[error(
+        "chain {chain}: token {position} has log-prob {log_prob} under {version}: the weights hold NaN or infinities"
+    )]
+    NotFinite {
+        /// The chain.
+        chain: u64,
+        /// Its position in the chain.
+        position: usize,
+        /// What came out.
+        log_prob: f64,
+        /// The weights, as `policy version N`.
+        version: String,
+    },
+    /// The forward pass failed; every running turn is lost.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}
+
+impl From<tch::TchError> for EngineError {
+    fn from(error: tch::TchError) -> Self {
+        Self::Model(error.into())
+    }
+}
+
+/// What a finished turn came to.
+pub type TurnResult = (u64, Result<Generation, EngineError>);
+
+/// See the module.
+#[derive(Debug)]
+pub struct Engine {
+    config: EngineConfig,
+    vocab: i64,
+    chains: BTreeMap<u64, Chain>,
+    /// The chain in each slot; the first `decoding` of them are the decode batch.
+    slots: Vec<Option<u64>>,
+    decoding: usize,
+    /// Turns not yet decoding, first come first.
+    queue: VecDeque<u64>,
+    /// Turns that ended without being computed.
+    ended: Vec<TurnResult>,
+    cache: KvCache,
+    born: u64,
+    stats: EngineStats,
+}
+
+impl Engine {
+    /// An engine for models of this shape; each limit of `config` counts as at least 1.
+    #[must_use]
+    pub fn new(config: EngineConfig, model: &ModelConfig) -> Self {
+        let config = EngineConfig {
+            max_slots: config.max_slots.max(1),
+            max_tokens_per_chain: config.max_tokens_per_chain.max(1),
+            max_prefill_tokens: config.max_prefill_tokens.max(1),
+        };
+        Self {
+            vocab: model.vocab,
+            chains: BTreeMap::new(),
+            slots: vec![None; config.max_slots],
+            decoding: 0,
+            queue: VecDeque::new(),
+            ended: Vec::new(),
+            cache: KvCache::new(model, config.max_slots, config.max_tokens_per_chain),
+            born: 0,
+            stats: EngineStats::default(),
+            config,
+        }
+    }
+
+    /// Takes a turn; [`Self::step`] reports its end.
+    ///
+    /// # Errors
+    /// When the chain has a turn running, the request cannot be sampled, or the prompt is empty; the chain is
+    /// as before then.
+    pub fn submit(&mut self, request: TurnRequest) -> Result<(), EngineError> {
+        self.check(&request)?;
+        let TurnRequest { chain: id, group, new_tokens, sampling, seed } = request;
+        let born = self.born;
+        let chain = self.chains.entry(id).or_insert_with(|| Chain::new(group, born));
+        self.born += 1;
+        chain.tokens.extend(new_tokens);
+        if chain.tokens.len() >= self.config.max_tokens_per_chain || sampling.max_tokens == 0 {
+            // No room for a single token.
+            let generation = Generation {
+                ids: Vec::new(),
+                log_probs: Vec::new(),
+                stop: StopReason::Length,
+                policy_version: PolicyVersion::default(),
+            };
+            self.ended.push((id, Ok(generation)));
+            return Ok(());
+        }
+        chain.turn = Some(Turn::new(sampling, seed));
+        self.queue.push_back(id);
+        Ok(())
+    }
+
+    /// Computes one round: lets waiting chains in, prefills some of them, and samples one token for every
+    /// chain that is ready. Returns the turns that ended. `version` is that of `decoder`'s weights.
+    ///
+    /// # Errors
+    /// When the forward pass fails; turns are still there, and [`Self::cancel`] ends them.
+    pub fn step(
+        &mut self,
+        decoder: &Decoder,
+        version: PolicyVersion,
+    ) -> Result<Vec<TurnResult>, EngineError> {
+        let _no_grad = tch::no_grad_guard();
+        let mut ended = std::mem::take(&mut self.ended);
+        for (_, result) in &mut ended {
+            if let Ok(generation) = result {
+                generation.policy_version = version;
+            }
+        }
+        if self.queue.is_empty() && self.decoding == 0 {
+            return Ok(ended);
+        }
+        let computed = self.round(decoder, version);
+        match computed {
+            Ok(more) => ended.extend(more),
+            Err(error) => {
+                self.ended = ended;
+                return Err(error);
+            }
+        }
+        self.stats.steps += 1;
+        Ok(ended)
+    }
+
+    fn round(&mut self, decoder: &Decoder, version: PolicyVersion) -> Result<Vec<TurnResult>, EngineError> {
+        self.admit();
+        self.prefill(decoder)?;
+        self.promote()?;
+        self.decode(decoder, version)
+    }
+
+    /// Ends a chain's turn, if it has one, without a result; its tokens so far stay.
+    pub fn cancel(&mut self, chain: u64) {
+        self.queue.retain(|&id| id != chain);
+        self.ended.retain(|(id, _)| *id != chain);
+        if let Some(state) = self.chains.get_mut(&chain) {
+            state.turn = None;
+            self.retire(chain);
+        }
+    }
+
+    /// Forgets a chain and frees its slot.
+    pub fn release(&mut self, chain: u64) {
+        self.cancel(chain);
+        if let Some(slot) = self.chains.remove(&chain).and_then(|state| state.slot) {
+            self.slots[slot] = None;
+        }
+    }
+
+    /// Whether [`Self::step`] has anything to do.
+    #[must_use]
+    pub fn has_work(&self) -> bool {
+        !self.ended.is_empty() || !self.queue.is_empty() || self.decoding > 0
+    }
+
+    /// Drops every cached key and value, and their memory: call it when the weights have changed. Running
+    /// turns go on under the new weights, from their tokens.
+    pub fn forget_weights(&mut self) {
+        for slot in (0..self.slots.len()).rev() {
+            let Some(id) = self.slots[slot].take() else {
+                continue;
+            };
+            if slot < self.decoding {
+                self.queue.push_front(id);
+            }
+            if let Some(chain) = self.chains.get_mut(&id) {
+                chain.slot = None;
+                chain.cached = 0;
+            }
+        }
+        self.decoding = 0;
+        self.cache.clear();
+    }
+
+    /// Counters and levels.
+    #[must_use]
+    pub fn stats(&self) -> EngineStats {
+        EngineStats {
+            chains: self.chains.len(),
+            decoding: self.decoding,
+            waiting: self.queue.len(),
+            slots_held: self.slots.iter().flatten().count(),
+            ..self.stats
+        }
+    }
+
+    fn check(&self, request: &TurnRequest) -> Result<(), EngineError> {
+        let chain = request.chain;
+        let known = self.chains.get(&chain);
+        if known.is_some_and(|c| c.turn.is_some()) || self.ended.iter().any(|(id, _)| *id == chain) {
+            return Err(EngineError::Busy { chain });
+        }
+        if known.is_none_or(|c| c.tokens.is_empty()) && request.new_tokens.is_empty() {
+            return Err(EngineError::EmptyPrompt { chain });
+        }
+        if let Some(&token) = request.new_tokens.iter().find(|&&token| i64::from(token) >= self.vocab) {
+            return Err(EngineError::UnknownToken { chain, token, vocab: self.vocab });
+        }
+        let SamplingParams { temperature, top_p, top_k, .. } = request.sampling;
+        let wrong = |name, value, needed| Err(EngineError::Sampling { chain, name, value, needed });
+        if !(temperature.is_finite() && temperature >= 0.0) {
+            return wrong("temperature", temperature, "it must be 0 (greedy) or more");
+        }
+        if !(top_p > 0.0 && top_p <= 1.0) {
+            return wrong("top_p", top_p, "it must be above 0 and at most 1");
+        }
+        if top_k == Some(0) {
+            return wrong("top_k", 0.0, "it must be at least 1, or absent to keep every token");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,158 @@
+//! Why a training step did not happen, with the values that say so. Returned by everything in the learner.
+
+use agentfly_common::ids::{ChainKey, PolicyVersion};
+
+use crate::model::ModelError;
+
+/// A refused or failed training step.
+///
+/// Errors of the first group are found before any weight changes. After one of the others the weights may be
+/// half-way between two versions: the learner refuses to go on ([`LearnerError::Broken`]) until a checkpoint
+/// is loaded. A process group is dead after any error of a collective.
+#[derive(Debug, thiserror::Error)]
+pub enum LearnerError {
+    /// A setting that cannot be trained with.
+    #[error("learner setting {field} = {value}: {needed}")]
+    Config {
+        /// The field of [`super::LearnerConfig`].
+        field: &'static str,
+        /// Its value.
+        value: String,
+        /// What it has to be.
+        needed: &'static str,
+    },
+    /// The shard was sampled by other weights than the learner holds.
+    #[error("step {step}: the batch was sampled by policy version {shard}, but the learner holds {learner}")]
+    PolicyVersion {
+        /// Training step.
+        step: u64,
+        /// The batch's version.
+        shard: PolicyVersion,
+        /// The learner's.
+        learner: PolicyVersion,
+    },
+    /// Nothing to learn from.
+    #[error("step {step}, mini-batch {mini_batch}: no token has loss on any rank")]
+    NoLossTokens {
+        /// Training step.
+        step: u64,
+        /// Number of the mini-batch, 0-based.
+        mini_batch: usize,
+    },
+    /// A row whose arrays or values are wrong.
+    #[error("{row}: {problem}")]
+    Row {
+        /// Which chain, or which row of a supervised batch.
+        row: RowName,
+        /// What is wrong, with the values.
+        problem: String,
+    },
+    /// The shard's global counts are not the sum of what the ranks hold.
+    #[error(
+        "step {step}, mini-batch {mini_batch}: the ranks hold {tokens} tokens with loss in {rows} rows, but the \
+         batch says {global_loss_tokens} and {global_rows}"
+    )]
+    Denominators {
+        /// Training step.
+        step: u64,
+        /// Number of the mini-batch, 0-based.
+        mini_batch: usize,
+        /// Tokens counted.
+        tokens: u64,
+        /// Rows counted.
+        rows: u64,
+        /// Tokens declared.
+        global_loss_tokens: u64,
+        /// Rows declared.
+        global_rows: u64,
+    },
+    /// Ranks were given different numbers of mini-batches.
+    #[error(
+        "step {step}: this rank has {here} mini-batches, another has {there}; every rank needs equally many"
+    )]
+    MiniBatches {
+        /// Training step.
+        step: u64,
+        /// Here.
+        here: usize,
+        /// The most that some rank has, or the fewest.
+        there: usize,
+    },
+    /// This rank's part was right, another's was not.
+    #[error("step {step}: another rank refused its part of the batch; its error says why")]
+    PeerRefused {
+        /// Training step.
+        step: u64,
+    },
+    /// A value became NaN or infinite.
+    #[error("{what} is {value} in a micro-batch of {rows} rows that starts with {first}")]
+    NonFinite {
+        /// Which value.
+        what: &'static str,
+        /// NaN or an infinity.
+        value: f64,
+        /// Rows of the micro-batch.
+        rows: usize,
+        /// Its first row.
+        first: RowName,
+    },
+    /// The gradient's norm was not finite too many times in a row.
+    #[error(
+        "the gradient norm was not finite in {skipped} updates in a row (the last: {norm}); at most {allowed} are skipped"
+    )]
+    TooManySkips {
+        /// Updates in a row.
+        skipped: u32,
+        /// `max_grad_skips`.
+        allowed: u32,
+        /// The last norm.
+        norm: f64,
+    },
+    /// An earlier step failed half-way.
+    #[error(
+        "an earlier training step failed half-way through its updates: load a checkpoint before the next"
+    )]
+    Broken,
+    /// A checkpoint that does not belong to this model, or cannot be read or written.
+    #[error("checkpoint {path}: {problem}")]
+    Checkpoint {
+        /// The file.
+        path: String,
+        /// What differs or failed.
+        problem: String,
+    },
+    /// The model refused.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A collective or a kernel failed.
+    #[error(transparent)]
+    Collective(#[from] agentfly_c10d::Error),
+    /// libtorch failed.
+    #[error("libtorch: {0}")]
+    Torch(String),
+}
+
+impl From<tch::TchError> for LearnerError {
+    fn from(error: tch::TchError) -> Self {
+        // The first line says it; the rest is a C++ backtrace.
+        Self::Torch(error.to_string().lines().next().unwrap_or_default().to_owned())
+    }
+}
+
+/// How a row is called in errors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowName {
+    /// A chain.
+    Chain(ChainKey),
+    /// A row of a supervised batch, by position.
+    Supervised(usize),
+}
+
+impl std::fmt::Display for RowName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Chain(key) => key.fmt(f),
+            Self::Supervised(index) => write!(f, "supervised row {index}"),
+        }
+    }
+}

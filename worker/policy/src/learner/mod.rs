@@ -1,0 +1,186 @@
+//! From a step's batch to the next policy version: PPO-style updates of the decoder's weights.
+//!
+//! The device thread owns one [`Learner`] and calls [`Learner::train`] with this rank's share of each step.
+//! What must stay true:
+//! - The update depends on neither micro-batches nor ranks: every denominator is global, gradients are summed,
+//!   never averaged, and every rank applies the same sum with the same norm, so weights stay bit-equal.
+//! - The `[tokens, vocab]` logits never exist whole.
+//! - Faults are found before the first update wherever they can be; a step that fails later leaves the learner
+//!   refusing further steps until a checkpoint is loaded.
+
+mod aggregate;
+mod checkpoint;
+mod config;
+mod error;
+mod forward;
+mod kl;
+mod loss;
+mod microbatch;
+mod offpolicy;
+mod optimizer;
+mod ranks;
+mod schedule;
+mod stats;
+mod step;
+pub mod token;
+mod warmup;
+
+use std::time::Instant;
+
+use agentfly_c10d::{AdamWHyper, Group};
+use agentfly_common::batch::TrainShard;
+use agentfly_common::ids::PolicyVersion;
+
+pub use aggregate::{Aggregation, Denominators, UnknownAggregation};
+pub use config::{LearnerConfig, MicroBatchLimit};
+pub use error::{LearnerError, RowName};
+pub use kl::{KlBase, KlEstimator, UnknownKl};
+pub use loss::{ClipRange, PolicyTerms, ppo_clip};
+pub use offpolicy::OffPolicySums;
+pub use schedule::{LrSchedule, Schedule};
+pub use stats::{PhaseSeconds, StepStats};
+pub use warmup::{SupervisedRow, SupervisedStats};
+
+use crate::model::Decoder;
+use optimizer::{Optimizer, Update};
+use ranks::Ranks;
+
+/// The trainer of one rank: optimizer state, frozen reference, and the version its weights are.
+///
+/// The decoder itself is the caller's, who also generates with it; each call here takes it.
+#[derive(Debug)]
+pub struct Learner {
+    config: LearnerConfig,
+    schedule: LrSchedule,
+    optimizer: Optimizer,
+    reference: Option<Decoder>,
+    ranks: Ranks,
+    version: PolicyVersion,
+    /// Training steps done, which the schedule counts.
+    steps: u64,
+    skips_in_a_row: u32,
+    broken: bool,
+}
+
+impl Learner {
+    /// A learner at policy version 0. `decoder` holds the initial weights; with `reference` a frozen copy of
+    /// them is kept for the KL loss. To resume, make the learner from the initial weights first (the reference
+    /// is those), then [`Learner::load`].
+    ///
+    /// # Errors
+    /// On a setting that cannot be trained with, and when memory is out.
+    pub fn new(
+        config: LearnerConfig,
+        decoder: &Decoder,
+        reference: bool,
+        group: Option<Group>,
+    ) -> Result<Self, LearnerError> {
+        config.check()?;
+        if config.use_kl_loss && !reference {
+            let needed = "needs a reference policy: keep one";
+            return Err(LearnerError::Config { field: "use_kl_loss", value: "true".to_owned(), needed });
+        }
+        let reference = match reference {
+            true => Some(decoder.cast(decoder.kind(), decoder.device())?),
+            false => None,
+        };
+        Ok(Self {
+            schedule: config.schedule(),
+            optimizer: Optimizer::new(decoder)?,
+            reference,
+            ranks: Ranks::new(group, decoder.device()),
+            version: PolicyVersion::default(),
+            steps: 0,
+            skips_in_a_row: 0,
+            broken: false,
+            config,
+        })
+    }
+
+    /// The version of the weights it holds.
+    #[must_use]
+    pub fn policy_version(&self) -> PolicyVersion {
+        self.version
+    }
+
+    /// The settings.
+    #[must_use]
+    pub fn config(&self) -> &LearnerConfig {
+        &self.config
+    }
+
+    /// Trains from now on in another process group, or alone: after ranks were lost or came back. All ranks
+    /// must hold the same version.
+    pub fn set_group(&mut self, group: Option<Group>, decoder: &Decoder) {
+        self.ranks = Ranks::new(group, decoder.device());
+    }
+
+    /// One training step: every mini-batch of the shard, `ppo_epochs` times, one optimizer update each. All
+    /// ranks call it with their shards of the same step; all return the same metrics and hold the same weights.
+    ///
+    /// # Errors
+    /// See [`LearnerError`]. A step that fails half-way has left the group, so that peers fail at once instead
+    /// of at their deadline: load a checkpoint and join a new one ([`Learner::set_group`]).
+    pub fn train(&mut self, decoder: &mut Decoder, shard: &TrainShard) -> Result<StepStats, LearnerError> {
+        let started = Instant::now();
+        if self.broken {
+            return Err(LearnerError::Broken);
+        }
+        let prepared = self.prepare(decoder, shard)?;
+        let mut stats =
+            self.guarded(decoder, |learner, decoder| learner.update_all(decoder, shard, &prepared))?;
+        self.version = self.version.next();
+        self.steps += 1;
+        stats.policy_version = self.version;
+        stats.phases.total = started.elapsed().as_secs_f64();
+        tracing::debug!(step = shard.step, version = %self.version, tokens = stats.tokens, "training step done");
+        Ok(stats)
+    }
+
+    /// Runs `body`, which changes weights, with the decoder's parameters as leaves of autograd, and only then:
+    /// generation never pays for a graph. If it fails, the learner is broken and out of its group.
+    fn guarded<T>(
+        &mut self,
+        decoder: &mut Decoder,
+        body: impl FnOnce(&mut Self, &Decoder) -> Result<T, LearnerError>,
+    ) -> Result<T, LearnerError> {
+        self.broken = true;
+        decoder.parameters().set_requires_grad(true);
+        let result = self.optimizer.zero_grad(decoder).and_then(|()| body(self, decoder));
+        decoder.parameters().set_requires_grad(false);
+        match &result {
+            Ok(_) => self.broken = false,
+            Err(_) => self.set_group(None, decoder),
+        }
+        result
+    }
+
+    /// Sums the gathered gradients over ranks and applies them; counts updates skipped in a row.
+    fn apply(
+        &mut self,
+        decoder: &Decoder,
+        lr: f64,
+        phases: &mut PhaseSeconds,
+    ) -> Result<Update, LearnerError> {
+        let started = Instant::now();
+        self.ranks.sum(&mut self.optimizer.grad)?;
+        phases.all_reduce += started.elapsed().as_secs_f64();
+        let started = Instant::now();
+        let (beta1, beta2) = self.config.betas;
+        let (weight_decay, eps) = (self.config.weight_decay, self.config.eps);
+        let hyper = AdamWHyper { lr, beta1, beta2, weight_decay, eps };
+        let update = self.optimizer.step(decoder, &self.ranks, self.config.grad_clip, &hyper)?;
+        phases.optimizer += started.elapsed().as_secs_f64();
+        if update.applied {
+            self.skips_in_a_row = 0;
+            return Ok(update);
+        }
+        self.skips_in_a_row += 1;
+        let (skipped, allowed, norm) = (self.skips_in_a_row, self.config.max_grad_skips, update.grad_norm);
+        tracing::warn!(norm, skipped, allowed, "update skipped: the gradient norm is not finite");
+        match skipped > allowed {
+            true => Err(LearnerError::TooManySkips { skipped, allowed, norm }),
+            false => Ok(update),
+        }
+    }
+}

@@ -1,0 +1,396 @@
+//! The shape of a model, read from Hugging Face's `config.json`.
+//!
+//! What must stay true: a key that would change what is computed is either honoured or refused by name;
+//! nothing is guessed.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::error::ModelError;
+
+/// Families this decoder computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    /// Llama 2/3, SmolLM2: no biases.
+    Llama,
+    /// Qwen2, Qwen2.5: biases on queries, keys and values.
+    Qwen2,
+    /// Qwen3: queries and keys are normalised per head.
+    Qwen3,
+}
+
+impl Architecture {
+    /// The class name in `architectures`.
+    #[must_use]
+    pub fn class_name(self) -> &'static str {
+        match self {
+            Self::Llama => "LlamaForCausalLM",
+            Self::Qwen2 => "Qwen2ForCausalLM",
+            Self::Qwen3 => "Qwen3ForCausalLM",
+        }
+    }
+
+    fn model_type(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+        }
+    }
+
+    /// Whether queries, keys and values have biases.
+    #[must_use]
+    pub fn qkv_bias(self) -> bool {
+        self == Self::Qwen2
+    }
+
+    /// Whether queries and keys are normalised.
+    #[must_use]
+    pub fn qk_norm(self) -> bool {
+        self == Self::Qwen3
+    }
+}
+
+/// Llama 3's `rope_scaling`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopeScaling {
+    /// By how much long wavelengths are stretched.
+    pub factor: f64,
+    /// Wavelengths beyond context / this are stretched.
+    pub low_freq_factor: f64,
+    /// Wavelengths below context / this are kept.
+    pub high_freq_factor: f64,
+    /// The context the model was first trained with, in tokens.
+    pub original_max_position_embeddings: i64,
+}
+
+/// Everything the forward pass depends on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// The family.
+    pub architecture: Architecture,
+    /// Width of the residual stream.
+    pub hidden: i64,
+    /// Number of blocks.
+    pub layers: i64,
+    /// Query heads.
+    pub heads: i64,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: i64,
+    /// Channels of a head; even.
+    pub head_dim: i64,
+    /// Width of the MLP.
+    pub intermediate: i64,
+    /// Rows of the embedding.
+    pub vocab: i64,
+    /// Added to the mean square in RMSNorm.
+    pub rms_eps: f64,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// Llama 3's stretching, if any.
+    pub rope_scaling: Option<RopeScaling>,
+    /// Whether the head is the embedding.
+    pub tie_word_embeddings: bool,
+    /// The longest context the model knows, in tokens.
+    pub max_position_embeddings: i64,
+    /// Standard deviation of fresh weights.
+    pub initializer_range: f64,
+    /// Tokens that end a text, from `config.json` and `generation_config.json`.
+    pub eos_ids: Vec<u32>,
+    /// The token texts start with.
+    pub bos_id: Option<u32>,
+    /// The token rows are padded with.
+    pub pad_id: Option<u32>,
+    /// The kind the weights are stored in, as the file says: `bfloat16`, ….
+    pub torch_dtype: Option<String>,
+}
+
+impl ModelConfig {
+    /// Reads `config.json`, and `generation_config.json` if there is one, in `dir`.
+    ///
+    /// # Errors
+    /// Names the file, the key, its value and what is supported.
+    pub fn from_dir(dir: &Path) -> Result<Self, ModelError> {
+        let path = dir.join("config.json");
+        let mut config = Self::from_json(&read_object(&path)?, &path)?;
+        let path = dir.join("generation_config.json");
+        if path.exists() {
+            let generation = Reader { path: &path, map: &read_object(&path)? };
+            for id in generation.ids("eos_token_id")? {
+                if !config.eos_ids.contains(&id) {
+                    config.eos_ids.push(id);
+                }
+            }
+        }
+        Ok(config)
+    }
+
+    /// Reads the object of a `config.json`; `path` is for the errors.
+    ///
+    /// # Errors
+    /// As [`Self::from_dir`].
+    pub fn from_json(map: &Map<String, Value>, path: &Path) -> Result<Self, ModelError> {
+        let read = Reader { path, map };
+        let architecture = read.architecture()?;
+        read.only("hidden_act", &json!("silu"), "\"silu\"")?;
+        for key in ["mlp_bias", "use_sliding_window"] {
+            read.only(key, &json!(false), "false")?;
+        }
+        // Qwen2 has its biases whatever this key says.
+        if !architecture.qkv_bias() {
+            read.only("attention_bias", &json!(false), "false")?;
+        }
+        let (hidden, heads) = (read.positive("hidden_size")?, read.positive("num_attention_heads")?);
+        let (rope_theta, rope_scaling) = read.rope()?;
+        let config = Self {
+            architecture,
+            hidden,
+            layers: read.positive("num_hidden_layers")?,
+            heads,
+            kv_heads: read.optional_positive("num_key_value_heads")?.unwrap_or(heads),
+            head_dim: read.optional_positive("head_dim")?.unwrap_or(hidden / heads),
+            intermediate: read.positive("intermediate_size")?,
+            vocab: read.positive("vocab_size")?,
+            rms_eps: read.number("rms_norm_eps")?,
+            rope_theta,
+            rope_scaling,
+            tie_word_embeddings: read.flag("tie_word_embeddings", false)?,
+            max_position_embeddings: read.positive("max_position_embeddings")?,
+            initializer_range: read.optional_number("initializer_range")?.unwrap_or(0.02),
+            eos_ids: read.ids("eos_token_id")?,
+            bos_id: read.ids("bos_token_id")?.first().copied(),
+            pad_id: read.ids("pad_token_id")?.first().copied(),
+            torch_dtype: ["dtype", "torch_dtype"]
+                .iter()
+                .find_map(|key| map.get(*key).and_then(Value::as_str))
+                .map(str::to_owned),
+        };
+        if config.heads % config.kv_heads != 0 {
+            return Err(read.wrong("num_key_value_heads", &format!("a divisor of {heads} heads")));
+        }
+        if config.head_dim % 2 != 0 || (!map.contains_key("head_dim") && hidden % heads != 0) {
+            return Err(read.wrong("head_dim", "an even number of channels"));
+        }
+        Ok(config)
+    }
+
+    /// The `config.json` that `transformers` reads back as this model.
+    #[must_use]
+    pub fn to_json(&self) -> Map<String, Value> {
+        let eos = match self.eos_ids.as_slice() {
+            [] => Value::Null,
+            [one] => json!(one),
+            many => json!(many),
+        };
+        let scaling = self.rope_scaling.as_ref().map(|s| {
+            json!({
+                "rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low_freq_factor,
+                "high_freq_factor": s.high_freq_factor,
+                "original_max_position_embeddings": s.original_max_position_embeddings,
+            })
+        });
+        let value = json!({
+            "architectures": [self.architecture.class_name()],
+            "model_type": self.architecture.model_type(),
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.intermediate,
+            "vocab_size": self.vocab,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.rms_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": scaling,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "max_position_embeddings": self.max_position_embeddings,
+            "initializer_range": self.initializer_range,
+            "eos_token_id": eos,
+            "bos_token_id": self.bos_id,
+            "pad_token_id": self.pad_id,
+            "torch_dtype": self.torch_dtype,
+        });
+        match value {
+            Value::Object(map) => map,
+            _ => Map::new(),
+        }
+    }
+
+    /// Names and shapes of every parameter, in the order the model uses them; a tied head is not listed.
+    #[must_use]
+    pub fn tensors(&self) -> Vec<(String, Vec<i64>)> {
+        let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let mut all = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab, self.hidden])];
+        for layer in 0..self.layers {
+            let mut push = |name: &str, shape: &[i64]| {
+                all.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
+            };
+            push("input_layernorm.weight", &[self.hidden]);
+            for (name, width) in [("q", queries), ("k", keys), ("v", keys)] {
+                push(&format!("self_attn.{name}_proj.weight"), &[width, self.hidden]);
+                if self.architecture.qkv_bias() {
+                    push(&format!("self_attn.{name}_proj.bias"), &[width]);
+                }
+            }
+            if self.architecture.qk_norm() {
+                push("self_attn.q_norm.weight", &[self.head_dim]);
+                push("self_attn.k_norm.weight", &[self.head_dim]);
+            }
+            push("self_attn.o_proj.weight", &[self.hidden, queries]);
+            push("post_attention_layernorm.weight", &[self.hidden]);
+            push("mlp.gate_proj.weight", &[self.intermediate, self.hidden]);
+            push("mlp.up_proj.weight", &[self.intermediate, self.hidden]);
+            push("mlp.down_proj.weight", &[self.hidden, self.intermediate]);
+        }
+        all.push(("model.norm.weight".to_owned(), vec![self.hidden]));
+        if !self.tie_word_embeddings {
+            all.push(("lm_head.weight".to_owned(), vec![self.vocab, self.hidden]));
+        }
+        all
+    }
+}
+
+/// Reads a file that must hold one JSON object.
+pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>, ModelError> {
+    let text = std::fs::read_to_string(path).map_err(|e| ModelError::io("cannot read", path, e))?;
+    match serde_json::from_str(&text) {
+        Ok(Value::Object(map)) => Ok(map),
+        Ok(_) => Err(ModelError::malformed(path, "is not a JSON object")),
+        Err(e) => Err(ModelError::malformed(path, format!("is not JSON: {e}"))),
+    }
+}
+
+/// Typed access to a JSON object, with errors that name the file and the key.
+struct Reader<'a> {
+    path: &'a Path,
+    map: &'a Map<String, Value>,
+}
+
+impl Reader<'_> {
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.map.get(key).filter(|value| !value.is_null())
+    }
+
+    fn wrong(&self, key: &str, expected: &str) -> ModelError {
+        let problem = match self.get(key) {
+            Some(value) => format!("is {value}"),
+            None => "is missing".to_owned(),
+        };
+        ModelError::Config {
+            path: self.path.to_owned(),
+            key: key.to_owned(),
+            problem,
+            expected: expected.to_owned(),
+        }
+    }
+
+    fn unsupported(&self, key: &str, value: &Value, supported: &'static str) -> ModelError {
+        ModelError::Unsupported {
+            path: self.path.to_owned(),
+            key: key.to_owned(),
+            value: value.to_string(),
+            supported,
+        }
+    }
+
+    fn architecture(&self) -> Result<Architecture, ModelError> {
+        const KNOWN: &str = "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM";
+        let Some(named) = self.get("architectures") else {
+            return Err(self.wrong("architectures", KNOWN));
+        };
+        [Architecture::Llama, Architecture::Qwen2, Architecture::Qwen3]
+            .into_iter()
+            .find(|a| *named == json!([a.class_name()]))
+            .ok_or_else(|| self.unsupported("architectures", named, KNOWN))
+    }
+
+    /// The key is absent, or has this one value.
+    fn only(&self, key: &str, value: &Value, supported: &'static str) -> Result<(), ModelError> {
+        match self.get(key) {
+            Some(found) if found != value => Err(self.unsupported(key, found, supported)),
+            _ => Ok(()),
+        }
+    }
+
+    fn optional_positive(&self, key: &str) -> Result<Option<i64>, ModelError> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(value) => match value.as_i64() {
+                Some(number) if number > 0 => Ok(Some(number)),
+                _ => Err(self.wrong(key, "a positive integer")),
+            },
+        }
+    }
+
+    fn positive(&self, key: &str) -> Result<i64, ModelError> {
+        self.optional_positive(key)?.ok_or_else(|| self.wrong(key, "a positive integer"))
+    }
+
+    fn optional_number(&self, key: &str) -> Result<Option<f64>, ModelError> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(value) => match value.as_f64() {
+                Some(number) if number > 0.0 => Ok(Some(number)),
+                _ => Err(self.wrong(key, "a positive number")),
+            },
+        }
+    }
+
+    fn number(&self, key: &str) -> Result<f64, ModelError> {
+        self.optional_number(key)?.ok_or_else(|| self.wrong(key, "a positive number"))
+    }
+
+    fn flag(&self, key: &str, default: bool) -> Result<bool, ModelError> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(value) => value.as_bool().ok_or_else(|| self.wrong(key, "true or false")),
+        }
+    }
+
+    /// No id, one id or a list of ids.
+    fn ids(&self, key: &str) -> Result<Vec<u32>, ModelError> {
+        let one = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+        match self.get(key) {
+            None => Some(Vec::new()),
+            Some(Value::Array(list)) => list.iter().map(one).collect::<Option<Vec<u32>>>(),
+            Some(value) => one(value).map(|id| vec![id]),
+        }
+        .ok_or_else(|| self.wrong(key, "a token id or a list of them"))
+    }
+
+    /// Base and stretching, in the older layout (`rope_theta`, `rope_scaling`) or the newer one
+    /// (`rope_parameters` holds both).
+    fn rope(&self) -> Result<(f64, Option<RopeScaling>), ModelError> {
+        let object = |key: &str| self.get(key).and_then(Value::as_object);
+        let newer = object("rope_parameters");
+        let empty = Map::new();
+        let inner = newer.or_else(|| object("rope_scaling")).unwrap_or(&empty);
+        let inside = Reader { path: self.path, map: inner };
+        let theta = match (newer.is_some() && inside.get("rope_theta").is_some(), self.get("rope_theta")) {
+            (true, _) => inside.number("rope_theta")?,
+            (false, Some(_)) => self.number("rope_theta")?,
+            // transformers' default for every family here.
+            (false, None) => 10_000.0,
+        };
+        let kind = inside.get("rope_type").or_else(|| inside.get("type"));
+        match kind.map(|k| k.as_str().unwrap_or_default()) {
+            None | Some("default") => Ok((theta, None)),
+            Some("llama3") => Ok((
+                theta,
+                Some(RopeScaling {
+                    factor: inside.number("factor")?,
+                    low_freq_factor: inside.number("low_freq_factor")?,
+                    high_freq_factor: inside.number("high_freq_factor")?,
+                    original_max_position_embeddings: inside.positive("original_max_position_embeddings")?,
+                }),
+            )),
+            Some(_) => {
+                let key =
+                    if newer.is_some() { "rope_parameters.rope_type" } else { "rope_scaling.rope_type" };
+                Err(self.unsupported(key, kind.unwrap_or(&Value::Null), "default, llama3"))
+            }
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! The decoder-only transformer: Llama, Qwen2/2.5 and Qwen3 as Hugging Face stores them.
+//!
+//! Called by the rollout engine (with a KV cache) and by the learner (with autograd); both run the same
+//! [`Decoder::hidden`]. What must stay true: parameters keep their Hugging Face names from load to export, a
+//! tied head is stored once, and input faults are errors, never libtorch panics.
+
+mod attention;
+mod config;
+mod decoder;
+mod error;
+mod export;
+mod load;
+mod parameters;
+mod rope;
+mod score;
+
+pub(crate) use attention::additive_mask;
+pub use attention::{Attention, CacheStep, LayerCache, Rows};
+pub use config::{Architecture, ModelConfig, RopeScaling};
+pub use decoder::Decoder;
+pub use error::ModelError;
+pub use export::export;
+pub use parameters::{Parameters, tensor_bytes};
+pub use score::{score, token_log_probs};

@@ -1,0 +1,78 @@
+//! Rotary position embedding (Su et al. 2021) in Hugging Face's half-split layout, with Llama 3's stretching
+//! of long wavelengths.
+//!
+//! What must stay true: angles are computed in f32 whatever the model's kind, as `transformers` does.
+
+use tch::{Device, Kind, Tensor};
+
+use super::config::{ModelConfig, RopeScaling};
+use super::error::ModelError;
+
+/// The model's rotation frequencies.
+#[derive(Debug)]
+pub(crate) struct Rope {
+    /// `[head_dim / 2]` f32, radians per position.
+    inverse_frequencies: Tensor,
+}
+
+/// Cosines and signed sines of some positions, `[B, L, 1, head_dim]` in the model's kind.
+pub(crate) struct Rotation {
+    cos: Tensor,
+    /// Negated in its first half, so that rotating is one roll and one multiply-add.
+    signed_sin: Tensor,
+    half: i64,
+}
+
+impl Rope {
+    pub(crate) fn new(config: &ModelConfig, device: Device) -> Self {
+        let frequencies = inverse_frequencies(config);
+        Self { inverse_frequencies: Tensor::from_slice(&frequencies).to_device(device) }
+    }
+
+    /// The rotation of `positions`, `[B, L]`.
+    pub(crate) fn rotation(&self, positions: &Tensor, kind: Kind) -> Result<Rotation, ModelError> {
+        let half = self.inverse_frequencies.size()[0];
+        let angles = positions
+            .f_to_kind(Kind::Float)?
+            .f_unsqueeze(-1)?
+            .f_mul(&self.inverse_frequencies)?
+            .f_unsqueeze(2)?;
+        let (cos, sin) = (angles.f_cos()?, angles.f_sin()?);
+        let cos = Tensor::f_cat(&[&cos, &cos], -1)?.f_to_kind(kind)?;
+        let signed_sin = Tensor::f_cat(&[&sin.f_neg()?, &sin], -1)?.f_to_kind(kind)?;
+        Ok(Rotation { cos, signed_sin, half })
+    }
+}
+
+impl Rotation {
+    /// Rotates queries or keys `[B, L, heads, head_dim]`.
+    pub(crate) fn apply(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        let swapped = x.f_roll([self.half], [-1])?;
+        Ok(x.f_mul(&self.cos)?.f_addcmul(&swapped, &self.signed_sin)?)
+    }
+}
+
+/// Radians per position of each pair of channels.
+fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
+    let dim = config.head_dim as f32;
+    let plain = (0..config.head_dim / 2).map(|i| 1.0 / (config.rope_theta as f32).powf((2 * i) as f32 / dim));
+    match &config.rope_scaling {
+        None => plain.collect(),
+        Some(scaling) => plain.map(|frequency| stretch(frequency, scaling)).collect(),
+    }
+}
+
+/// Llama 3.1's rule: long wavelengths are stretched by `factor`, short ones kept, those between blended.
+fn stretch(frequency: f32, scaling: &RopeScaling) -> f32 {
+    let context = scaling.original_max_position_embeddings as f32;
+    let (low, high) = (scaling.low_freq_factor as f32, scaling.high_freq_factor as f32);
+    let wavelength = 2.0 * std::f32::consts::PI / frequency;
+    if wavelength > context / low {
+        frequency / scaling.factor as f32
+    } else if wavelength < context / high {
+        frequency
+    } else {
+        let smooth = (context / wavelength - low) / (high - low);
+        (1.0 - smooth) * frequency / scaling.factor as f32 + smooth * frequency
+    }
+}

@@ -1,0 +1,114 @@
+//! The device thread answers everyone, whatever happens on it.
+
+mod support;
+
+use agentfly_common::ids::PolicyVersion;
+use agentfly_common::sampling::SamplingParams;
+use agentfly_policy::device::{Device, DeviceError, DeviceHandle};
+use agentfly_policy::engine::{Engine, EngineConfig, TurnRequest};
+use support::{model, text};
+
+async fn start() -> DeviceHandle<Vec<u32>> {
+    DeviceHandle::start(|| {
+        let decoder = model("qwen2", 1);
+        let config = EngineConfig { max_slots: 4, max_tokens_per_chain: 2000, max_prefill_tokens: 64 };
+        let engine = Engine::new(config, decoder.config());
+        Ok(Device { decoder, engine, policy_version: PolicyVersion(2), extra: Vec::new() })
+    })
+    .await
+    .expect("a tiny model starts")
+}
+
+fn turn(chain: u64, max_tokens: u32) -> TurnRequest {
+    let sampling = SamplingParams { temperature: 1.0, top_p: 1.0, top_k: None, max_tokens, stop_ids: vec![] };
+    TurnRequest { chain, group: None, new_tokens: text(5, chain as u32), sampling, seed: chain }
+}
+
+#[tokio::test]
+async fn chains_generate_side_by_side_and_calls_run_between_their_steps() {
+    let device = start().await;
+    let many = futures_of((0..10).map(|chain| {
+        let device = device.clone();
+        async move {
+            let generation = device.generate(turn(chain, 20)).await;
+            device.release(chain);
+            generation
+        }
+    }));
+    let version = device.call("reading the version", |device| {
+        device.extra.push(1);
+        device.policy_version
+    });
+    let (generations, version) = tokio::join!(many, version);
+    assert_eq!(version.unwrap(), PolicyVersion(2));
+    for generation in generations {
+        let generation = generation.unwrap();
+        assert_eq!((generation.ids.len(), generation.policy_version), (20, PolicyVersion(2)));
+    }
+    let (extra, stats) = device.call("looking", |d| (d.extra.clone(), d.engine.stats())).await.unwrap();
+    assert_eq!((extra, stats.chains, stats.decode_tokens), (vec![1], 0, 200));
+    device.stop().await;
+}
+
+#[tokio::test]
+async fn a_dropped_turn_is_cancelled_and_its_chain_released() {
+    let device = start().await;
+    {
+        let endless = device.generate(turn(1, 1900));
+        let other = device.generate(turn(2, 3));
+        tokio::select! {
+            biased;
+            _ = endless => panic!("1900 tokens were sampled before 3"),
+            done = other => assert_eq!(done.unwrap().ids.len(), 3),
+        }
+    }
+    device.release(1);
+    device.release(2);
+    device.generate(turn(3, 2)).await.unwrap();
+    let stats = device.call("looking", |device| device.engine.stats()).await.unwrap();
+    assert_eq!((stats.chains, stats.decoding, stats.slots_held), (1, 0, 1));
+    assert!(stats.decode_tokens < 1900);
+}
+
+#[tokio::test]
+async fn a_panic_is_the_callers_error_and_the_thread_lives_on() {
+    let device = start().await;
+    let error = device.call("dividing", |_| -> u32 { panic!("no {}", 7) }).await.unwrap_err();
+    assert_eq!(error.to_string(), "dividing failed on the device thread: no 7");
+    let refused = device.generate(TurnRequest { new_tokens: vec![], ..turn(1, 3) }).await.unwrap_err();
+    assert!(matches!(refused, DeviceError::Engine(_)), "{refused}");
+    assert_eq!(device.generate(turn(2, 3)).await.unwrap().ids.len(), 3);
+}
+
+#[tokio::test]
+async fn a_stopped_device_says_so() {
+    let device = start().await;
+    let (ended, ()) = tokio::join!(device.generate(turn(1, 1900)), async { device.stop().await });
+    assert!(matches!(ended, Err(DeviceError::Stopped { .. })), "{ended:?}");
+    let error = device.generate(turn(2, 1)).await.unwrap_err();
+    assert_eq!(error.to_string(), "generating a turn: the device thread has stopped");
+    assert!(device.call("looking", |_| ()).await.is_err());
+    device.stop().await;
+}
+
+#[tokio::test]
+async fn a_device_that_cannot_be_set_up_says_why() {
+    let failed = DeviceHandle::<()>::start(|| anyhow::bail!("no model here")).await;
+    assert_eq!(failed.unwrap_err().to_string(), "cannot set up the device: no model here");
+    let failed = DeviceHandle::<()>::start(|| panic!("no room")).await;
+    assert!(failed.unwrap_err().to_string().ends_with("no room"));
+}
+
+/// Runs all of them at once and keeps their order.
+async fn futures_of<F>(all: impl Iterator<Item = F>) -> Vec<F::Output>
+where
+    F: Future + Send + 'static,
+    F::Output: Send + 'static,
+{
+    let tasks: Vec<_> = all.map(tokio::spawn).collect();
+    let mut outputs = Vec::new();
+    for task in tasks {
+        outputs.push(task.await.expect("no test task panics"));
+    }
+    outputs
+}
