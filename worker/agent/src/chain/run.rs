@@ -1,0 +1,251 @@
+//! The chain loop itself: asks [`super::state`] what is next, and does it.
+
+use std::time::Duration;
+
+use agentfly_common::ids::ChainKey;
+use agentfly_common::trajectory::{FinishReason, Message, Outcome, Reward, Role, Timings, Trajectory};
+use tokio::time::Instant;
+
+use super::record::Record;
+use super::state::{AfterTurn, Limits};
+use super::{ChainDeps, ChainError, ChainSpec, Generator, TurnInput};
+use crate::agents::ToolCall;
+use crate::rewards::{RewardFault, RewardInput};
+use crate::template::{FittedObservations, Next, TemplateError, ToolReply, to_python_json_indented};
+use crate::tools::{ToolContext, ToolStatus};
+
+/// Why a chain stops before its own end.
+enum Stop {
+    /// The machinery failed: run it again.
+    Fault(String),
+    /// It would fail again.
+    Error(ChainError),
+}
+
+/// Runs one chain to its end: AgentFly's loop of generation, parsing and tools, then the reward.
+///
+/// Faults of the engine, a tool's machinery or the reward's, and a passed deadline come back as a trajectory
+/// with [`Outcome::InfrastructureFault`].
+///
+/// # Errors
+/// What would fail the same way again: the template, the row, or a broken invariant.
+pub async fn run_chain(spec: &ChainSpec, deps: &ChainDeps) -> Result<Trajectory, ChainError> {
+    let _release = Release { generator: deps.generator.as_ref(), chain: spec.key };
+    let started = Instant::now();
+    let mut run = Run::new(spec, deps, started)?;
+    let ended = match run.turns().await {
+        Ok(reason) => run.score().await.map(|reward| (reason, reward)),
+        Err(stop) => Err(stop),
+    };
+    let (outcome, reward) = match ended {
+        Ok((reason, reward)) => (Outcome::Finished { reason }, reward),
+        Err(Stop::Fault(cause)) => (Outcome::InfrastructureFault { cause }, Reward::default()),
+        Err(Stop::Error(error)) => return Err(error),
+    };
+    run.timings.total_seconds = started.elapsed().as_secs_f64();
+    let trajectory = Trajectory {
+        key: spec.key,
+        prompt_id: spec.prompt_id.clone(),
+        policy_version: spec.policy_version,
+        token_ids: run.record.token_ids,
+        loss_mask: run.record.loss_mask,
+        log_probs: run.record.log_probs,
+        messages: run.messages,
+        outcome,
+        reward,
+        timings: run.timings,
+    };
+    trajectory.check()?;
+    tracing::debug!(chain = %spec.key, outcome = ?trajectory.outcome, reward = trajectory.reward.value,
+        turns = trajectory.timings.turns, tokens = trajectory.token_ids.len(), "chain done");
+    Ok(trajectory)
+}
+
+/// Releases the engine's state of a chain however the chain ends, cancellation included.
+struct Release<'a> {
+    generator: &'a dyn Generator,
+    chain: ChainKey,
+}
+
+impl Drop for Release<'_> {
+    fn drop(&mut self) {
+        self.generator.release(&self.chain);
+    }
+}
+
+struct Run<'a> {
+    spec: &'a ChainSpec,
+    deps: &'a ChainDeps,
+    limits: Limits,
+    record: Record,
+    messages: Vec<Message>,
+    timings: Timings,
+    deadline: Instant,
+}
+
+impl<'a> Run<'a> {
+    fn new(spec: &'a ChainSpec, deps: &'a ChainDeps, started: Instant) -> Result<Self, ChainError> {
+        let schemas = deps.tools.schemas();
+        let system = match &deps.system_prompt {
+            Some(text) => {
+                let listed = to_python_json_indented(&schemas.clone().into(), 4);
+                Some(text.replace("\\n", "\n").replace("{tools}", &listed))
+            }
+            None => deps.agent.system_prompt().map(str::to_owned),
+        };
+        let prompt = deps.template.prompt_ids(
+            system.as_deref(),
+            &spec.question,
+            if deps.agent.lists_tools() { &schemas } else { &[] },
+        );
+        let mut record = Record::default();
+        record.observe(&prompt.map_err(|source| template_error(spec, source))?);
+        let message = |role, content: String| Message { role, content, tool: None };
+        let mut messages: Vec<Message> = system.map(|s| message(Role::System, s)).into_iter().collect();
+        messages.push(message(Role::User, spec.question.clone()));
+        let limits = Limits {
+            max_turns: spec.max_turns,
+            max_model_len: spec.max_model_len,
+            max_tokens: spec.sampling.max_tokens,
+        };
+        let deadline = started + spec.time_limit;
+        Ok(Self { spec, deps, limits, record, messages, timings: Timings::default(), deadline })
+    }
+
+    async fn turns(&mut self) -> Result<FinishReason, Stop> {
+        loop {
+            let max_tokens = match self.limits.before_turn(self.timings.turns, self.record.len()) {
+                Ok(max_tokens) => max_tokens,
+                Err(reason) => return Ok(reason),
+            };
+            let text = self.generate(max_tokens).await?;
+            let parsed = self.deps.agent.parse(&text);
+            self.messages.push(Message { role: Role::Assistant, content: text, tool: None });
+            match self.limits.after_turn(parsed, self.record.len()) {
+                AfterTurn::Finish(reason) => return Ok(reason),
+                AfterTurn::Call(calls) => {
+                    if let Some(reason) = self.tools(&calls).await? {
+                        return Ok(reason);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Samples one turn; returns its text.
+    async fn generate(&mut self, max_tokens: u32) -> Result<String, Stop> {
+        let (spec, turn) = (self.spec, self.timings.turns);
+        let mut sampling = spec.sampling.clone();
+        sampling.max_tokens = max_tokens;
+        let input = TurnInput {
+            chain: &spec.key,
+            turn,
+            context: &self.record.token_ids,
+            new_tokens: self.record.unseen(),
+            sampling,
+            seed: spec.seed.turn("sample", &spec.key, turn),
+        };
+        let asked = Instant::now();
+        let waited = self.within("the rollout engine", turn, self.deps.generator.generate(input)).await;
+        self.timings.generate_seconds += asked.elapsed().as_secs_f64();
+        let generation = waited?.map_err(|fault| Stop::Fault(format!("turn {turn}: {fault}")))?;
+        let recorded = self.record.sample(&generation, spec.policy_version, max_tokens);
+        recorded.map_err(|broken| Stop::Fault(format!("turn {turn}: {broken}")))?;
+        self.timings.turns += 1;
+        self.deps.template.tokenizer().decode(&generation.ids).map_err(|source| {
+            let prompt_id = spec.prompt_id.clone();
+            Stop::Error(ChainError::Tokenizer { key: spec.key, prompt_id, source })
+        })
+    }
+
+    /// Makes the calls of a turn, in order, and appends what they answered. `Some`: the chain ends with it.
+    async fn tools(&mut self, calls: &[ToolCall]) -> Result<Option<FinishReason>, Stop> {
+        let (spec, turn) = (self.spec, self.timings.turns - 1);
+        let seed = spec.seed.turn("tool", &spec.key, turn);
+        let mut replies = Vec::with_capacity(calls.len());
+        let mut last = ToolStatus::Success;
+        for (index, call) in calls.iter().enumerate() {
+            let context = ToolContext { chain: spec.key, turn, seed: seed.wrapping_add(index as u64) };
+            let asked = Instant::now();
+            let answered = self.within("a tool", turn, self.deps.tools.call(call, context)).await;
+            self.timings.tool_seconds += asked.elapsed().as_secs_f64();
+            let observation = answered?.map_err(|fault| Stop::Fault(format!("turn {turn}: {fault}")))?;
+            self.timings.tool_calls += 1;
+            last = observation.status;
+            replies.push(ToolReply { tool: call.name.clone(), text: observation.text });
+        }
+        let finish = self.limits.after_tools(last, self.timings.turns);
+        self.observe(&replies, finish).map_err(|source| Stop::Error(template_error(spec, source)))
+    }
+
+    /// Appends observations. Where they leave no room for another token, they are cut to the tokens there are
+    /// and the chain ends; where not even their frame fits, they are left out.
+    fn observe(
+        &mut self,
+        replies: &[ToolReply],
+        finish: Option<FinishReason>,
+    ) -> Result<Option<FinishReason>, TemplateError> {
+        let end_of_turn = self.deps.template.tokenizer().end_of_turn_id();
+        let after_stop = self.record.token_ids.last() == Some(&end_of_turn);
+        let room = self.limits.room(self.record.len());
+        let template = &self.deps.template;
+        if finish.is_none() {
+            let whole = template.observation_ids(replies, after_stop, Next::Generate)?;
+            if whole.len() < room {
+                self.append(replies, &whole);
+                return Ok(None);
+            }
+        }
+        let fitted = template.observation_ids_within(replies, after_stop, Next::End, room)?;
+        let Some(FittedObservations { shown, ids }) = fitted else {
+            return Ok(Some(FinishReason::MaxModelLen));
+        };
+        self.append(&shown, &ids);
+        Ok(finish.filter(|_| shown == replies).or(Some(FinishReason::MaxModelLen)))
+    }
+
+    fn append(&mut self, replies: &[ToolReply], ids: &[u32]) {
+        self.record.observe(ids);
+        self.messages.extend(replies.iter().map(|r| Message {
+            role: Role::Tool,
+            content: r.text.clone(),
+            tool: Some(r.tool.clone()),
+        }));
+    }
+
+    /// The reward of the finished chain.
+    async fn score(&mut self) -> Result<Reward, Stop> {
+        let Some(function) = &self.deps.reward else {
+            return Ok(Reward::default());
+        };
+        let spoken = |m: &&Message| matches!(m.role, Role::Assistant | Role::Tool);
+        let turns = self.timings.turns;
+        let input = RewardInput {
+            final_response: self.messages.iter().rev().find(spoken).map_or("", |m| &m.content),
+            row_id: &self.spec.prompt_id,
+            row: &self.spec.row,
+            messages: &self.messages,
+            seed: self.spec.seed.turn("reward", &self.spec.key, turns),
+        };
+        let asked = Instant::now();
+        let scored = self.within("the reward", turns, function.score(input)).await;
+        self.timings.reward_seconds = asked.elapsed().as_secs_f64();
+        scored?.map_err(|fault| match fault {
+            RewardFault::Infrastructure { .. } => Stop::Fault(fault.to_string()),
+            source => Stop::Error(ChainError::Reward { key: self.spec.key, source }),
+        })
+    }
+
+    /// Waits no longer than the chain may take.
+    async fn within<T>(&self, what: &str, turn: u32, wait: impl Future<Output = T>) -> Result<T, Stop> {
+        let limit: Duration = self.spec.time_limit;
+        tokio::time::timeout_at(self.deadline, wait).await.map_err(|_| {
+            let seconds = limit.as_secs_f64();
+            Stop::Fault(format!("the chain's {seconds} s passed while waiting for {what} (turn {turn})"))
+        })
+    }
+}
+
+fn template_error(spec: &ChainSpec, source: TemplateError) -> ChainError {
+    ChainError::Template { key: spec.key, prompt_id: spec.prompt_id.clone(), source }
+}

@@ -1,0 +1,80 @@
+//! What the policy reads for every kind of call.
+
+use agentfly_common::ids::Purpose;
+use serde_json::json;
+
+use super::*;
+
+struct Scripted(Result<RunOutput, InfraError>);
+
+#[async_trait]
+impl PythonRunner for Scripted {
+    async fn run(&self, _code: &str, _seed: u64) -> Result<RunOutput, InfraError> {
+        self.0.clone()
+    }
+}
+
+async fn call(
+    name: &str,
+    arguments: Value,
+    run: Result<RunOutput, InfraError>,
+) -> Result<Observation, ToolFault> {
+    let python: Arc<dyn PythonRunner> = Arc::new(Scripted(run));
+    let tools = ToolSet::by_names(&["code_interpreter"], &python).unwrap();
+    let chain = ChainKey { purpose: Purpose::Train, step: 1, group: 0, chain: 0 };
+    tools.call(&ToolCall { name: name.into(), arguments }, ToolContext { chain, turn: 0, seed: 0 }).await
+}
+
+async fn ran(status: RunStatus, stdout: &str) -> String {
+    let output = RunOutput { status, stdout: stdout.into(), stderr: "ignored".into() };
+    call("code_interpreter", json!({"code": "…"}), Ok(output)).await.unwrap().text
+}
+
+#[tokio::test]
+async fn a_run_shows_what_it_printed_and_then_what_went_wrong() {
+    let error = || RunStatus::Error { message: "NameError: name 'x' is not defined".into() };
+    assert_eq!(ran(RunStatus::Success, "4\n").await, "4\n");
+    assert_eq!(ran(RunStatus::Success, "").await, "");
+    assert_eq!(ran(error(), "").await, "NameError: name 'x' is not defined");
+    assert_eq!(ran(error(), "half").await, "half\nNameError: name 'x' is not defined");
+    assert_eq!(ran(RunStatus::TimedOut, "1\n").await, "1\nExecution timed out");
+    assert_eq!(ran(RunStatus::MemoryExceeded, "").await, "Memory limit exceeded");
+    assert_eq!(ran(RunStatus::Success, &"é".repeat(5000)).await.chars().count(), 2048);
+    let long = ran(RunStatus::TimedOut, &"x".repeat(5000)).await;
+    assert_eq!(long.chars().count(), 2048);
+    assert!(long.ends_with("x\nExecution timed out"));
+}
+
+#[tokio::test]
+async fn a_bad_call_is_answered_with_what_is_wrong() {
+    let fine = || Ok(RunOutput { status: RunStatus::Success, stdout: "ok".into(), stderr: String::new() });
+    let answer = async |name, arguments| call(name, arguments, fine()).await.unwrap().text;
+    assert_eq!(answer("python", json!({})).await, "Unknown tool: python. Available tools: code_interpreter.");
+    let tool = "code_interpreter";
+    assert_eq!(
+        answer(tool, json!("print(")).await,
+        "Invalid input: print(, input must be a valid JSON object."
+    );
+    assert_eq!(
+        answer(tool, json!({"code": "1", "x": 2})).await,
+        "Invalid argument \"x\" for tool code_interpreter."
+    );
+    assert_eq!(answer(tool, json!({})).await, "Missing argument \"code\" for tool code_interpreter.");
+    assert_eq!(answer(tool, json!("{\"code\": \"1\"}")).await, "ok", "arguments may be a JSON string");
+    assert!(answer(tool, json!({"code": 1})).await.contains("must be a string"));
+}
+
+#[tokio::test]
+async fn a_sandbox_that_fails_is_a_fault_and_not_an_observation() {
+    let fault =
+        call("code_interpreter", json!({"code": "1"}), Err(InfraError { cause: "no slot".into() })).await;
+    assert_eq!(fault.unwrap_err().to_string(), "tool code_interpreter: the Python sandbox failed: no slot");
+}
+
+#[test]
+fn an_unknown_tool_name_in_the_configuration_lists_the_known_ones() {
+    let run = Ok(RunOutput { status: RunStatus::Success, stdout: String::new(), stderr: String::new() });
+    let python: Arc<dyn PythonRunner> = Arc::new(Scripted(run));
+    let error = ToolSet::by_names(&["google_search"], &python).err().unwrap().to_string();
+    assert!(error.contains("google_search") && error.contains("code_interpreter"), "{error}");
+}
