@@ -1,0 +1,91 @@
+//! Saving a job: rank 0 writes its files, then the shell commits them together with the job's position.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::event::{CheckpointPoint, CoreFault, Decision, Level, Moment, Phase, RankCommand};
+use super::job::{Desk, Job, Life};
+
+/// A checkpoint is being written.
+#[derive(Debug)]
+pub(crate) struct Saving {
+    pub(crate) step: u64,
+    began: Moment,
+    /// Start of the present wait: for rank 0, then for the commit.
+    since: Moment,
+    written: bool,
+}
+
+impl Job {
+    pub(super) fn save(&mut self, desk: &mut Desk<'_>) {
+        let step = self.steps_done;
+        self.life = Life::Saving(Saving { step, began: desk.now, since: desk.now, written: false });
+        self.progress(Phase::Checkpoint, step, 0, 1, desk);
+        self.command(0, RankCommand::WriteCheckpoint { step }, desk);
+    }
+
+    pub(crate) fn checkpoint_written(&mut self, rank: usize, step: u64, desk: &mut Desk<'_>) {
+        let id = self.ranks[rank].id.clone();
+        match &mut self.life {
+            Life::Saving(saving) if rank == 0 && saving.step == step && !saving.written => {
+                saving.written = true;
+                saving.since = desk.now;
+                let point = CheckpointPoint {
+                    step,
+                    policy_version: self.policy_version,
+                    weights_hash: self.weights_hash.clone(),
+                    cursor: self.cursor,
+                    seed: self.plan.seed,
+                    total_steps: self.plan.total_steps,
+                };
+                desk.out.push(Decision::CommitCheckpoint { job: self.id.clone(), point });
+            }
+            Life::Stopping(_) => {}
+            _ => self.ignore(&format!("the checkpoint of step {step}"), &id, desk),
+        }
+    }
+
+    pub(crate) fn checkpoint_committed(
+        &mut self,
+        step: u64,
+        result: Result<PathBuf, CoreFault>,
+        desk: &mut Desk<'_>,
+    ) {
+        let began = match &self.life {
+            Life::Saving(saving) if saving.written && saving.step == step => saving.began,
+            _ => return,
+        };
+        match result {
+            Err(fault) => {
+                let message =
+                    format!("step {step}: the checkpoint could not be committed: {}", fault.message);
+                self.fail(CoreFault { message, ..fault }, desk);
+            }
+            Ok(dir) => {
+                let seconds = desk.now.saturating_sub(began).as_secs_f64();
+                self.progress(Phase::Checkpoint, step, 1, 1, desk);
+                self.log(
+                    Level::Info,
+                    format!("checkpoint of step {step} in {seconds:.1} s: {}", dir.display()),
+                    desk,
+                );
+                self.next_step(desk);
+            }
+        }
+    }
+
+    pub(super) fn late_saving(&self, saving: &Saving, limit: Duration, now: Moment) -> Option<String> {
+        if now.saturating_sub(saving.since) <= limit {
+            return None;
+        }
+        let waiting = match saving.written {
+            false => self.waiting(0..1, "write the checkpoint", now),
+            true => "waiting for the coordinator to commit the checkpoint".to_owned(),
+        };
+        Some(format!(
+            "step {}: {waiting}; the limit is {} s: is the disk full or slow?",
+            saving.step,
+            limit.as_secs()
+        ))
+    }
+}

@@ -1,0 +1,259 @@
+//! The recorder: one thread a job that does everything slow on disk, in order.
+//!
+//! ```text
+//!  scheduler ──Record, mpsc(64)──▶ recorder: trajectory files, sinks, checkpoint commits, summary
+//!            ◀──Recorded, mpsc(64)──
+//! ```
+//! A full channel slows the scheduler: a disk that cannot keep up slows training instead of losing chains. The
+//! answers cannot block: each open job owes at most two, and there are at most `MAX_OPEN_JOBS` of them.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use agentfly_common::config::{Config, Logger};
+use agentfly_common::error::Whose;
+use agentfly_common::ids::Purpose;
+use agentfly_common::telemetry::names;
+use tokio::sync::mpsc;
+
+use crate::clock::unix_seconds;
+use crate::core::event::{CheckpointPoint, CoreFault, JobEnd, JudgedTrajectory};
+use crate::journal::{Journal, TrajectoryEntry, state_name};
+use crate::sinks::console::{Console, Gauges};
+use crate::sinks::jsonl::Jsonl;
+use crate::sinks::{LineKind, Sink, Sinks};
+use crate::store::checkpoints::{CheckpointError, CoordinatorPart};
+use crate::store::metrics_file::{self, MetricsLine};
+use crate::store::run_dir::RunDir;
+use crate::store::summary::{Course, Summary};
+use crate::store::trajectories::{self, TrajectoryLine};
+use crate::store::{StoreError, curve, free_bytes, write_whole};
+
+/// Records that may wait for the disk.
+pub const RECORDS: usize = 64;
+
+/// Something to keep.
+#[derive(Debug)]
+pub enum Record {
+    /// A step's chains.
+    Trajectories {
+        /// Training or validation.
+        purpose: Purpose,
+        /// Their step.
+        step: u64,
+        /// All of them.
+        rows: Vec<JudgedTrajectory>,
+    },
+    /// Figures.
+    Line {
+        /// Of a training step or a validation.
+        kind: LineKind,
+        /// Its step.
+        step: u64,
+        /// In verl's names.
+        metrics: BTreeMap<String, f64>,
+    },
+    /// The ranks have written their files of a checkpoint.
+    Commit(CheckpointPoint),
+    /// The job is over: the last record.
+    End {
+        /// How it ended.
+        end: JobEnd,
+        /// Since it left the queue.
+        seconds: f64,
+    },
+}
+
+/// What became of it.
+#[derive(Debug)]
+pub enum Recorded {
+    /// A checkpoint was committed, or not.
+    Committed {
+        /// The job.
+        job: String,
+        /// The checkpoint's step.
+        step: u64,
+        /// Where it lies, or why it does not.
+        result: Result<PathBuf, CoreFault>,
+    },
+    /// Something could not be kept; training goes on.
+    Trouble {
+        /// The job.
+        job: String,
+        /// What.
+        text: String,
+    },
+    /// Everything is on disk.
+    Ended {
+        /// The job.
+        job: String,
+        /// How it ended.
+        end: JobEnd,
+        /// The text of `summary.json`.
+        summary_json: String,
+    },
+}
+
+/// What a recorder knows of its job.
+pub struct Recorder {
+    job: String,
+    seed: u64,
+    project: String,
+    experiment: String,
+    resumed_after: Option<u64>,
+    run_dir: RunDir,
+    journal: Journal,
+    sinks: Sinks,
+    answers: mpsc::Sender<Recorded>,
+}
+
+impl Recorder {
+    /// Opens the sinks of a job.
+    ///
+    /// # Errors
+    /// When `metrics.jsonl` cannot be opened.
+    pub fn new(
+        job: String,
+        config: &Config,
+        resumed_after: Option<u64>,
+        run_dir: RunDir,
+        journal: Journal,
+        answers: mpsc::Sender<Recorded>,
+    ) -> Result<Self, StoreError> {
+        let mut sinks: Vec<Box<dyn Sink>> =
+            vec![Box::new(Jsonl::open(&run_dir.metrics())?), Box::new(Gauges)];
+        if config.trainer.logger.contains(&Logger::Console) {
+            sinks.push(Box::new(Console));
+        }
+        let trainer = &config.trainer;
+        Ok(Self {
+            job,
+            seed: trainer.seed,
+            project: trainer.project_name.clone(),
+            experiment: trainer.experiment_name.clone(),
+            resumed_after,
+            run_dir,
+            journal,
+            sinks: Sinks::new(sinks),
+            answers,
+        })
+    }
+
+    /// Keeps records until the last; blocks, so it runs on a thread of its own.
+    ///
+    /// # Errors
+    /// None: what cannot be kept is reported and the rest goes on.
+    pub fn run(mut self, mut records: mpsc::Receiver<Record>) -> anyhow::Result<()> {
+        while let Some(record) = records.blocking_recv() {
+            match record {
+                Record::Trajectories { purpose, step, rows } => self.keep(purpose, step, rows),
+                Record::Line { kind, step, metrics } => {
+                    self.sinks.write(kind, &MetricsLine { step, time: unix_seconds(), metrics });
+                }
+                Record::Commit(point) => {
+                    let (job, step, result) = (self.job.clone(), point.step, self.commit(point));
+                    self.answer(Recorded::Committed { job, step, result });
+                }
+                Record::End { end, seconds } => {
+                    self.end(end, seconds);
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&self, answer: Recorded) {
+        if self.answers.blocking_send(answer).is_err() {
+            tracing::warn!(job = self.job, "the scheduler ended before its recorder");
+        }
+    }
+
+    fn trouble(&self, error: impl std::error::Error + Send + Sync + 'static) {
+        let text = format!("{:#}; training goes on", anyhow::Error::from(error));
+        tracing::error!(job = self.job, "{text}");
+        // Dropped when the scheduler is behind: the log has it.
+        let _ = self.answers.try_send(Recorded::Trouble { job: self.job.clone(), text });
+    }
+
+    fn keep(&mut self, purpose: Purpose, step: u64, rows: Vec<JudgedTrajectory>) {
+        let entry = |row: &JudgedTrajectory| TrajectoryEntry {
+            key: row.trajectory.key,
+            reward: row.trajectory.reward.value,
+        };
+        let entries: Vec<_> = rows.iter().map(entry).collect();
+        let lines: Vec<_> = rows.into_iter().map(TrajectoryLine::from).collect();
+        match trajectories::write(&self.run_dir.trajectories(), purpose, step, &lines) {
+            Ok(file) => {
+                if let Err(error) = self.journal.index(&self.job, &entries, &file) {
+                    self.trouble(error);
+                }
+            }
+            Err(error) => self.trouble(error),
+        }
+    }
+
+    fn commit(&self, point: CheckpointPoint) -> Result<PathBuf, CoreFault> {
+        let began = tokio::time::Instant::now();
+        let metrics_bytes = std::fs::metadata(self.run_dir.metrics()).map_or(0, |found| found.len());
+        let committed = self.run_dir.checkpoints().commit(&CoordinatorPart { point, metrics_bytes });
+        if committed.is_ok() {
+            metrics::counter!(names::CHECKPOINTS).increment(1);
+            metrics::histogram!(names::COMMIT_SECONDS).record(began.elapsed().as_secs_f64());
+        }
+        committed.map_err(|error| checkpoint_fault(error, self.run_dir.checkpoints().dir()))
+    }
+
+    fn end(&self, end: JobEnd, seconds: f64) {
+        let lines = metrics_file::read(&self.run_dir.metrics()).unwrap_or_else(|error| {
+            self.trouble(error);
+            Vec::new()
+        });
+        let course = Course::of(&lines);
+        let newest = self.run_dir.checkpoints().newest().unwrap_or_else(|error| {
+            self.trouble(error);
+            None
+        });
+        let summary = Summary {
+            job_id: self.job.clone(),
+            state: state_name(end.state).to_owned(),
+            detail: end.detail.clone(),
+            seed: self.seed,
+            steps: end.steps_done,
+            seconds,
+            val_before: course.val_before,
+            val_after: course.val_after,
+            reward_first_ten_steps: course.reward_first,
+            reward_last_ten_steps: course.reward_last,
+            checkpoint_path: newest,
+            policy_version: end.policy_version.0,
+            project: self.project.clone(),
+            experiment: self.experiment.clone(),
+            run_dir: self.run_dir.path().to_owned(),
+            resumed_after_step: self.resumed_after,
+            version: crate::VERSION.to_owned(),
+        };
+        let json = serde_json::to_string_pretty(&summary).expect("strings and numbers are JSON");
+        if let Err(error) = write_whole(&self.run_dir.path().join("summary.json"), json.as_bytes()) {
+            self.trouble(error);
+        }
+        let title = format!("{}/{}, seed {}", self.project, self.experiment, self.seed);
+        if let Err(error) = curve::write(&self.run_dir.path().join("reward_curve.svg"), &title, &lines) {
+            self.trouble(error);
+        }
+        self.answer(Recorded::Ended { job: self.job.clone(), end, summary_json: json });
+    }
+}
+
+/// A failed commit as the core sees it: a full disk is the operator's, missing files are ours.
+#[must_use]
+pub fn checkpoint_fault(error: CheckpointError, dir: &std::path::Path) -> CoreFault {
+    let whose = match &error {
+        CheckpointError::Store(_) => Whose::Operator,
+        CheckpointError::Empty { .. } => Whose::Us,
+        CheckpointError::Missing { .. } | CheckpointError::Damaged { .. } => Whose::Operator,
+    };
+    let free =
+        free_bytes(dir).map_or_else(|_| String::new(), |bytes| format!(" ({} MiB free there)", bytes >> 20));
+    CoreFault { whose, message: format!("{:#}{free}", anyhow::Error::from(error)) }
+}

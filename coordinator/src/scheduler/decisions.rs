@@ -1,0 +1,172 @@
+//! Carrying out what the core decides, one decision at a time, in order.
+
+use std::collections::BTreeMap;
+
+use agentfly_common::telemetry::names;
+use agentfly_proto::v1 as pb;
+use pb::job_event::Kind;
+
+use super::{Scheduler, wire};
+use crate::core::event::{
+    CheckpointPoint, CoreFault, Decision, Device, Event, JobEnd, JobState, RankCommand, RankId,
+};
+use crate::journal::{JournalError, state_name};
+use crate::recorder::{Record, Recorded};
+use crate::sinks::LineKind;
+
+impl Scheduler {
+    /// Carries out one decision; returns the facts that arise from it at once.
+    pub(super) async fn carry_out(&mut self, decision: Decision) -> Result<Option<Event>, JournalError> {
+        match decision {
+            Decision::StartRank { node, rank, device, threads } => {
+                self.start_rank(&node, &rank, device, threads)
+            }
+            Decision::StopRanks { node, job, grace } => {
+                let stop = pb::StopRanks { job_id: job, grace_seconds: grace.as_secs_f64() };
+                self.command_node(&node, pb::node_command::Kind::StopRanks(stop));
+            }
+            Decision::Command { rank, command } => return Ok(self.command(rank, command)),
+            Decision::State { job, state, detail } => self.state_changed(&job, state, detail)?,
+            Decision::Progress { job, phase, step, done, total } => {
+                let phase = wire::phase_name(phase).to_owned();
+                self.parts.feeds.progress(&job, pb::Progress { phase, step, done, total });
+            }
+            Decision::KeepTrajectories { job, purpose, step, rows } => {
+                if let Some(open) = self.jobs.get_mut(&job) {
+                    open.forget_chains(purpose, step);
+                }
+                self.record(&job, Record::Trajectories { purpose, step, rows }).await;
+            }
+            Decision::OfferShard { rank, shard } => self.parts.shelf.put(&rank, *shard),
+            Decision::StepFinished { job, step, metrics } => {
+                self.finished(&job, LineKind::Step, step, metrics).await?;
+            }
+            Decision::ValidationFinished { job, step, metrics } => {
+                self.finished(&job, LineKind::Validation, step, metrics).await?;
+            }
+            Decision::CommitCheckpoint { job, point } => return Ok(self.commit(job, point).await),
+            Decision::Log { job, level, text } => self.log(&job, wire::level_name(level), text)?,
+            Decision::Ended { job, end } => self.end(&job, end).await,
+        }
+        Ok(None)
+    }
+
+    fn start_rank(&mut self, node: &str, rank: &RankId, device: Device, threads: u32) {
+        let log_file = self.jobs.get(&rank.job).map(|job| job.rank_log(rank.rank)).unwrap_or_default();
+        let (rank, device) = (Some(wire::rank_to(rank)), Some(wire::device_to(device)));
+        let start = pb::StartRank { rank, device, threads, log_file };
+        self.command_node(node, pb::node_command::Kind::StartRank(start));
+    }
+
+    /// Keeps and tells the figures of a step or a validation.
+    async fn finished(
+        &mut self,
+        job: &str,
+        kind: LineKind,
+        step: u64,
+        metrics: BTreeMap<String, f64>,
+    ) -> Result<(), JournalError> {
+        let told = metrics.clone().into_iter().collect();
+        self.record(job, Record::Line { kind, step, metrics }).await;
+        let total_steps = self.jobs.get(job).map_or(0, |open| open.total_steps);
+        self.publish(
+            job,
+            match kind {
+                LineKind::Step => Kind::Step(pb::StepReport { step, total_steps, metrics: told }),
+                LineKind::Validation => Kind::Validation(pb::ValidationReport { step, metrics: told }),
+            },
+        )
+    }
+
+    fn command_node(&mut self, node: &str, kind: pb::node_command::Kind) {
+        if !self.sessions.to_node(self.now(), node, kind) {
+            tracing::debug!(node, "a command for a node without a session; its lease will end");
+        }
+    }
+
+    /// Sends a command to a rank. A command that cannot be made is that rank's failure.
+    fn command(&mut self, rank: RankId, command: RankCommand) -> Option<Event> {
+        let job = self.jobs.get(&rank.job)?;
+        let kind = match job.command(command) {
+            Ok(kind) => kind,
+            Err(fault) => return Some(Event::RankFailed { rank, fault }),
+        };
+        if !self.sessions.to_rank(self.now(), &rank, kind) {
+            tracing::debug!(?rank, "a command for a rank without a session; its lease will end");
+        }
+        None
+    }
+
+    fn state_changed(&mut self, job: &str, state: JobState, detail: String) -> Result<(), JournalError> {
+        let now = self.now();
+        if let Some(open) = self.jobs.get_mut(job) {
+            open.state_changed(state, now);
+        }
+        // The job is over only when everything is on disk: `ended` says so.
+        if matches!(state, JobState::Finished | JobState::Failed | JobState::Cancelled) {
+            return Ok(());
+        }
+        tracing::info!(job, state = state_name(state), "{detail}");
+        self.publish(job, Kind::State(pb::StateChanged { state: state_name(state).to_owned(), detail }))
+    }
+
+    async fn commit(&mut self, job: String, point: CheckpointPoint) -> Option<Event> {
+        let step = point.step;
+        if self.record(&job, Record::Commit(point)).await {
+            return None;
+        }
+        let whose = agentfly_common::error::Whose::Us;
+        let message = format!("checkpoint of step {step}: the job's recorder has ended; please report this");
+        Some(Event::CheckpointCommitted { job, step, result: Err(CoreFault { whose, message }) })
+    }
+
+    async fn end(&mut self, job: &str, end: JobEnd) {
+        self.parts.shelf.clear(job);
+        let seconds = self.jobs.get(job).map_or(0.0, |open| open.seconds(self.now()));
+        self.record(job, Record::End { end, seconds }).await;
+    }
+
+    /// Hands a record to the job's recorder; false when there is none.
+    async fn record(&mut self, job: &str, record: Record) -> bool {
+        match self.jobs.get(job) {
+            Some(open) => open.records.send(record).await.is_ok(),
+            None => false,
+        }
+    }
+
+    /// What a recorder answers.
+    pub(super) async fn recorded(&mut self, answer: Recorded) -> Result<(), JournalError> {
+        match answer {
+            Recorded::Committed { job, step, result } => {
+                self.apply(Event::CheckpointCommitted { job, step, result }).await
+            }
+            Recorded::Trouble { job, text } => self.log(&job, "error", text),
+            Recorded::Ended { job, end, summary_json } => {
+                let state = state_name(end.state);
+                metrics::counter!(names::JOBS_ENDED, "state" => state).increment(1);
+                tracing::info!(job, state, "{}", end.detail);
+                let fault = end.fault.as_ref().map(wire::fault_to);
+                let ended = pb::Ended { state: state.to_owned(), detail: end.detail, fault, summary_json };
+                self.publish(&job, Kind::Ended(ended))?;
+                self.parts.feeds.close(&job);
+                self.jobs.remove(&job);
+                self.check_drained();
+                Ok(())
+            }
+        }
+    }
+
+    /// A line for the job's log.
+    pub(super) fn log(&self, job: &str, level: &str, text: String) -> Result<(), JournalError> {
+        self.publish(job, Kind::Log(pb::LogLine { level: level.to_owned(), text }))
+    }
+
+    /// First the journal, then those who watch (S2).
+    fn publish(&self, job: &str, kind: Kind) -> Result<(), JournalError> {
+        if self.jobs.contains_key(job) {
+            let event = self.parts.journal.append(job, kind)?;
+            self.parts.feeds.appended(job, event.sequence);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,106 @@
+//! What the scheduler holds of a job that is not over: its data, its recorder, and when it began.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use agentfly_common::ids::{ChainKey, Purpose};
+use agentfly_proto::v1 as pb;
+use tokio::sync::mpsc;
+
+use super::{Parts, wire};
+use crate::core::event::{CoreFault, JobState, Moment, RankCommand};
+use crate::recorder::{RECORDS, Record, Recorded, Recorder, checkpoint_fault};
+use crate::store::StoreError;
+use crate::store::checkpoints::Checkpoints;
+use crate::submission::{Questions, Submission};
+
+/// An open job.
+pub(super) struct OpenJob {
+    pub(super) total_steps: u64,
+    pub(super) records: mpsc::Sender<Record>,
+    config_json: String,
+    questions: Arc<Questions>,
+    checkpoints: Checkpoints,
+    logs: std::path::PathBuf,
+    state: JobState,
+    /// When it left the queue.
+    started: Option<Moment>,
+    /// Chains that arrived and are not yet kept, to tell a worker that sends one twice.
+    arrived: HashSet<(u64, ChainKey)>,
+}
+
+impl OpenJob {
+    /// Starts the job's recorder.
+    pub(super) fn start(
+        id: &str,
+        submission: Submission,
+        parts: &Parts,
+        answers: mpsc::Sender<Recorded>,
+    ) -> Result<Self, StoreError> {
+        let Submission { spec, new_job, questions, run_dir, .. } = submission;
+        let (checkpoints, logs) = (run_dir.checkpoints().clone(), run_dir.path().join("logs"));
+        let resumed_after = spec.resume.as_ref().map(|point| point.step);
+        let journal = parts.journal.clone();
+        let recorder = Recorder::new(id.to_owned(), &spec.config, resumed_after, run_dir, journal, answers)?;
+        let (records, inbox) = mpsc::channel(RECORDS);
+        parts.recorders.spawn_blocking(move || {
+            if let Err(error) = recorder.run(inbox) {
+                tracing::error!(error = format!("{error:#}"), "a recorder failed");
+            }
+        });
+        Ok(Self {
+            total_steps: new_job.total_steps,
+            records,
+            config_json: new_job.config_json,
+            questions: Arc::new(questions),
+            checkpoints,
+            logs,
+            state: JobState::Queued,
+            started: None,
+            arrived: HashSet::new(),
+        })
+    }
+
+    pub(super) fn is_queued(&self) -> bool {
+        self.state == JobState::Queued
+    }
+
+    pub(super) fn state_changed(&mut self, state: JobState, now: Moment) {
+        self.state = state;
+        if state != JobState::Queued {
+            self.started.get_or_insert(now);
+        }
+    }
+
+    /// Since it left the queue.
+    pub(super) fn seconds(&self, now: Moment) -> f64 {
+        self.started.map_or(0.0, |started| now.saturating_sub(started).as_secs_f64())
+    }
+
+    pub(super) fn rank_log(&self, rank: u32) -> String {
+        self.logs.join(format!("rank_{rank}.log")).to_string_lossy().into_owned()
+    }
+
+    /// Whether this chain of this shard arrives for the first time.
+    pub(super) fn is_first(&mut self, shard: u64, key: ChainKey) -> bool {
+        self.arrived.insert((shard, key))
+    }
+
+    /// A step's chains are kept: no worker sends them again.
+    pub(super) fn forget_chains(&mut self, purpose: Purpose, step: u64) {
+        self.arrived.retain(|(_, key)| key.purpose != purpose || key.step > step);
+    }
+
+    /// A command with the configuration, rows and folders it needs.
+    pub(super) fn command(&self, command: RankCommand) -> Result<pb::rank_command::Kind, CoreFault> {
+        let begin = |step| {
+            self.checkpoints.begin(step).map_err(|error| checkpoint_fault(error, self.checkpoints.dir()))
+        };
+        let with = wire::Attachments {
+            config_json: &self.config_json,
+            row: &|purpose, row| self.questions.row(purpose, row),
+            checkpoint_dir: &begin,
+        };
+        wire::command_to(command, &with)
+    }
+}

@@ -1,0 +1,292 @@
+//! A run's folder: one job at a time, never overwritten silently, resumed where its checkpoint says.
+//!
+//! Opened when a job is submitted; the lock is held until the job is over. Whether a job resumes is decided
+//! here, once, and handed to the core as a [`ResumePoint`].
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, Write};
+use std::path::{Path, PathBuf};
+
+use agentfly_common::config::{Config, ResumeMode};
+use rustix::fs::FlockOperation;
+
+use super::checkpoints::{self, CheckpointError, Checkpoints, CoordinatorPart};
+use super::{StoreError, metrics_file, on, trajectories, write_whole};
+use crate::core::event::ResumePoint;
+
+/// Why a run's folder cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RunDirError {
+    /// Reading or writing failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The checkpoint to resume from cannot be used, or the checkpoint folder not be opened.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Another job writes it.
+    #[error(
+        "{} is being written by {holder}; wait for it, cancel it, or give another trainer.experiment_name",
+        path.display()
+    )]
+    Busy {
+        /// The folder.
+        path: PathBuf,
+        /// The job and its process.
+        holder: String,
+    },
+}
+
+/// One run's folder, locked.
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+    checkpoints: Checkpoints,
+    _lock: File,
+}
+
+/// A folder ready for its job.
+#[derive(Debug)]
+pub struct Opened {
+    /// The folder.
+    pub run_dir: RunDir,
+    /// Where to go on, if the run resumes.
+    pub resume: Option<ResumePoint>,
+    /// What was decided, for the job's log.
+    pub notes: Vec<String>,
+}
+
+impl RunDir {
+    /// Locks the run's folder, decides whether to resume, moves earlier results aside when the run starts anew,
+    /// and writes `config.json`.
+    ///
+    /// # Errors
+    /// When another job holds it, the checkpoint to resume from is damaged, or the disk refuses.
+    pub fn open(config: &Config, holder: &str) -> Result<Opened, RunDirError> {
+        let path = config.trainer.run_dir();
+        let checkpoint_dir = config.trainer.checkpoint_dir();
+        let lock = lock(&path, holder)?;
+        let mut notes = Vec::new();
+        let found = find_checkpoint(config, &checkpoint_dir)?;
+        let continues = found.as_ref().is_some_and(|(dir, _)| dir.starts_with(&checkpoint_dir));
+        if !continues {
+            for folder in [&path, &checkpoint_dir] {
+                if let Some(aside) = move_aside(folder)? {
+                    notes.push(format!("earlier results were moved to {}", aside.display()));
+                }
+            }
+        }
+        for folder in [path.clone(), path.join("trajectories"), path.join("logs")] {
+            fs::create_dir_all(&folder).map_err(on("make", &folder))?;
+        }
+        let checkpoints = Checkpoints::open(&checkpoint_dir, config.trainer.max_actor_ckpt_to_keep)?;
+        let run_dir = Self { path, checkpoints, _lock: lock };
+        if let Some((dir, part)) = &found {
+            notes.push(format!("resumes after step {} from {}", part.point.step, dir.display()));
+            if continues {
+                run_dir.cut_back(part)?;
+            }
+        }
+        let json = serde_json::to_vec_pretty(config).map_err(|e| on("write", &run_dir.path)(e.into()))?;
+        write_whole(&run_dir.path.join("config.json"), &json)?;
+        let resume = found.map(|(dir, part)| ResumePoint {
+            dir,
+            step: part.point.step,
+            policy_version: part.point.policy_version,
+            cursor: part.point.cursor,
+        });
+        Ok(Opened { run_dir, resume, notes })
+    }
+
+    fn cut_back(&self, part: &CoordinatorPart) -> Result<(), RunDirError> {
+        metrics_file::cut_back(&self.metrics(), part.metrics_bytes, part.point.step)?;
+        trajectories::remove_after(&self.trajectories(), part.point.step)?;
+        for name in ["summary.json", "reward_curve.svg"] {
+            let path = self.path.join(name);
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(on("remove", &path)(e).into());
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its checkpoints.
+    #[must_use]
+    pub fn checkpoints(&self) -> &Checkpoints {
+        &self.checkpoints
+    }
+
+    /// `metrics.jsonl`.
+    #[must_use]
+    pub fn metrics(&self) -> PathBuf {
+        self.path.join("metrics.jsonl")
+    }
+
+    /// The folder of trajectory files.
+    #[must_use]
+    pub fn trajectories(&self) -> PathBuf {
+        self.path.join("trajectories")
+    }
+
+    /// Where a rank of this job logs.
+    #[must_use]
+    pub fn rank_log(&self, rank: u32) -> PathBuf {
+        self.path.join("logs").join(format!("rank_{rank}.log"))
+    }
+}
+
+/// The checkpoint that `trainer.resume_mode` asks for, verified.
+fn find_checkpoint(config: &Config, dir: &Path) -> Result<Option<(PathBuf, CoordinatorPart)>, RunDirError> {
+    let checkpoint = match config.trainer.resume_mode {
+        ResumeMode::Disable => None,
+        ResumeMode::ResumePath => config.trainer.resume_from_path.clone(),
+        ResumeMode::Auto => {
+            checkpoints::steps_in(dir)?.last().map(|step| dir.join(format!("global_step_{step}")))
+        }
+    };
+    let Some(checkpoint) = checkpoint else {
+        return Ok(None);
+    };
+    let part = checkpoints::verify(&checkpoint)?;
+    Ok(Some((checkpoint, part)))
+}
+
+/// Takes the lock beside the folder (the folder itself may be moved aside); it is freed with the file, and by
+/// the kernel when the process dies.
+fn lock(path: &Path, holder: &str) -> Result<File, RunDirError> {
+    let parent = path.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(parent).map_err(on("make", parent))?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let lock_path = parent.join(format!(".{name}.lock"));
+    let opened = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&lock_path);
+    let mut file = opened.map_err(on("open the lock", &lock_path))?;
+    if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        let mut holder = String::new();
+        file.read_to_string(&mut holder).map_err(on("read the lock", &lock_path))?;
+        return Err(RunDirError::Busy { path: path.to_owned(), holder: holder.trim().to_owned() });
+    }
+    let mut write = || -> std::io::Result<()> {
+        file.set_len(0)?;
+        file.rewind()?;
+        writeln!(file, "{holder} (process {})", std::process::id())
+    };
+    write().map_err(on("write the lock", &lock_path))?;
+    Ok(file)
+}
+
+/// Renames a folder that holds results to `<name>.1`, `.2`, …; says to what.
+fn move_aside(path: &Path) -> Result<Option<PathBuf>, StoreError> {
+    let holds = |name: &str| fs::metadata(path.join(name)).is_ok_and(|found| found.len() > 0);
+    let has_results = holds("metrics.jsonl")
+        || holds("summary.json")
+        || !checkpoints::steps_in(path)?.is_empty()
+        || !checkpoints::steps_in(&path.join("checkpoints"))?.is_empty();
+    if !has_results {
+        return Ok(None);
+    }
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let free = (1u32..).map(|n| path.with_file_name(format!("{name}.{n}"))).find(|aside| !aside.exists());
+    let Some(aside) = free else { return Ok(None) };
+    fs::rename(path, &aside).map_err(on("move aside", path))?;
+    Ok(Some(aside))
+}
+
+#[cfg(test)]
+mod tests {
+    use agentfly_common::config::resolve;
+
+    use super::*;
+
+    fn config(root: &Path, more: &[&str]) -> Config {
+        let mut overrides = vec![format!("trainer.run_dir={}/runs/p/e", root.display())];
+        overrides.extend(more.iter().map(|&setting| setting.to_owned()));
+        resolve(&overrides, None, []).unwrap().config
+    }
+
+    fn checkpointed(opened: &Opened, step: u64) {
+        let dir = opened.run_dir.checkpoints().begin(step).unwrap();
+        fs::write(dir.join("model.safetensors"), "weights").unwrap();
+        let point = crate::core::event::CheckpointPoint {
+            step,
+            policy_version: agentfly_common::ids::PolicyVersion(step),
+            weights_hash: "h".into(),
+            cursor: crate::data::Cursor { epoch: 0, position: 8 },
+            seed: 1,
+            total_steps: 4,
+        };
+        let metrics_bytes = fs::metadata(opened.run_dir.metrics()).unwrap().len();
+        opened.run_dir.checkpoints().commit(&CoordinatorPart { point, metrics_bytes }).unwrap();
+    }
+
+    #[test]
+    fn a_run_resumes_where_its_checkpoint_stands_and_forgets_what_came_after() {
+        let root = tempfile::tempdir().unwrap();
+        let config = config(root.path(), &[]);
+        let first = RunDir::open(&config, "job-1").unwrap();
+        assert!(first.resume.is_none() && first.notes.is_empty());
+        let metrics = first.run_dir.metrics();
+        fs::write(&metrics, "{\"step\":1,\"time\":0.0}\n{\"step\":2,\"time\":0.0}\n").unwrap();
+        checkpointed(&first, 2);
+        fs::write(&metrics, fs::read_to_string(&metrics).unwrap() + "{\"step\":3,\"time\":0.0}\n").unwrap();
+        drop(first);
+
+        let again = RunDir::open(&config, "job-2").unwrap();
+        let resume = again.resume.unwrap();
+        assert_eq!((resume.step, resume.cursor.position), (2, 8));
+        assert_eq!(metrics_file::read(&metrics).unwrap().len(), 2);
+        assert!(again.notes[0].starts_with("resumes after step 2 from "), "{:?}", again.notes);
+    }
+
+    #[test]
+    fn results_are_moved_aside_and_never_overwritten() {
+        let root = tempfile::tempdir().unwrap();
+        let anew = config(root.path(), &["trainer.resume_mode=disable"]);
+        for aside in [None, Some("e.1"), Some("e.2")] {
+            let opened = RunDir::open(&anew, "job").unwrap();
+            assert!(opened.resume.is_none());
+            match aside {
+                None => assert!(opened.notes.is_empty()),
+                Some(name) => {
+                    assert!(opened.notes[0].ends_with(name), "{:?}", opened.notes);
+                    let kept = root.path().join("runs/p").join(name);
+                    assert!(kept.join("checkpoints/global_step_1/manifest.json").is_file());
+                }
+            }
+            fs::write(opened.run_dir.metrics(), "{\"step\":1,\"time\":0.0}\n").unwrap();
+            checkpointed(&opened, 1);
+        }
+    }
+
+    #[test]
+    fn two_jobs_cannot_write_one_run_and_the_error_names_the_first() {
+        let root = tempfile::tempdir().unwrap();
+        let config = config(root.path(), &[]);
+        let first = RunDir::open(&config, "job-1 of a test").unwrap();
+        let error = RunDir::open(&config, "job-2").unwrap_err().to_string();
+        let holder = format!("job-1 of a test (process {})", std::process::id());
+        assert!(error.contains(&holder), "{error}");
+        drop(first);
+        assert!(RunDir::open(&config, "job-2").is_ok());
+    }
+
+    #[test]
+    fn a_damaged_checkpoint_is_not_resumed_silently() {
+        let root = tempfile::tempdir().unwrap();
+        let config = config(root.path(), &[]);
+        let first = RunDir::open(&config, "job-1").unwrap();
+        fs::write(first.run_dir.metrics(), "{\"step\":1,\"time\":0.0}\n").unwrap();
+        checkpointed(&first, 1);
+        fs::write(first.run_dir.checkpoints().path(1).join("model.safetensors"), "Weights").unwrap();
+        drop(first);
+        let error = RunDir::open(&config, "job-2").unwrap_err().to_string();
+        assert!(error.contains("model.safetensors is damaged"), "{error}");
+    }
+}

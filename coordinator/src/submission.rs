@@ -1,0 +1,249 @@
+//! A job before it is queued: its settings checked on this machine, its questions read, its folder opened.
+//!
+//! Blocks (files): the API runs it beside the scheduler. `coordinator train` calls [`check`] first, so that what
+//! is wrong is said before a head or a worker is started.
+
+use std::path::{Path, PathBuf};
+
+use agentfly_common::config::{BatchPlan, Config, ResumeMode, batch_plan, preflight};
+use agentfly_common::ids::Purpose;
+
+use crate::core::JobPlan;
+use crate::core::event::{CoreFault, JobSpec};
+use crate::data::{Cursor, Dataset, Limits, Order, Row, TEXT_FIELDS};
+use crate::failure::{Failure, Outcome};
+use crate::journal::NewJob;
+use crate::store::run_dir::{Opened, RunDir, RunDirError};
+use crate::store::{checkpoints, free_bytes};
+
+/// What a checkpoint needs beyond its weights: tokenizer, manifest, and room to breathe.
+const SPARE_BYTES: u64 = 64 << 20;
+
+/// A job that may be queued.
+pub struct Submission {
+    /// For the core.
+    pub spec: JobSpec,
+    /// For the journal.
+    pub new_job: NewJob,
+    /// Its data.
+    pub questions: Questions,
+    /// Its folder, locked.
+    pub run_dir: RunDir,
+    /// What was decided on the way, for the job's log.
+    pub notes: Vec<String>,
+}
+
+/// The rows of a job, as they go to the ranks.
+#[derive(Debug)]
+pub struct Questions {
+    train: Vec<Row>,
+    validation: Vec<Row>,
+}
+
+impl Questions {
+    /// Reads and checks the data sets of a job.
+    ///
+    /// # Errors
+    /// File, row and field of what is wrong.
+    pub fn load(config: &Config) -> Outcome<Self> {
+        let failed = |error: crate::data::DataError| Failure { whose: error.whose(), error: error.into() };
+        let data = &config.data;
+        let train = Dataset::load(&data.train_files, Limits::default()).map_err(failed)?;
+        let validation =
+            Dataset::load(&data.val_files, Limits::default()).map_err(failed)?.first(data.val_limit());
+        // Without shuffling, one batch of the whole subset is the subset in file order.
+        let mut subset = Order::new(train.len(), data.train_limit(), config.data_seed(), false);
+        let size = subset.len();
+        let taken = subset.next_batch(&mut Cursor::default(), size);
+        let train = taken.into_iter().map(|row| train.rows()[row].clone()).collect();
+        Ok(Self { train, validation: validation.rows().to_vec() })
+    }
+
+    /// `(id, row as JSON)` of a row.
+    #[must_use]
+    pub fn row(&self, purpose: Purpose, row: usize) -> Option<(String, String)> {
+        let rows = match purpose {
+            Purpose::Train => &self.train,
+            Purpose::Validation => &self.validation,
+        };
+        let row = rows.get(row)?;
+        // The shape of a row in a file: the text under the first of the fields that ranks look in.
+        let mut fields = row.extra.clone();
+        for (name, value) in [
+            ("id", &row.id),
+            (TEXT_FIELDS[0], &row.text),
+            ("answer", &row.answer),
+            ("data_source", &row.data_source),
+        ] {
+            fields.insert(name.to_owned(), value.as_str().into());
+        }
+        Some((row.id.clone(), serde_json::Value::from(fields).to_string()))
+    }
+
+    /// Rows of the training set.
+    #[must_use]
+    pub fn train_rows(&self) -> usize {
+        self.train.len()
+    }
+
+    /// Rows of the validation set.
+    #[must_use]
+    pub fn validation_rows(&self) -> usize {
+        self.validation.len()
+    }
+}
+
+/// What [`check`] found.
+#[derive(Debug)]
+pub struct Checked {
+    /// The data.
+    pub questions: Questions,
+    /// The batch arithmetic.
+    pub plan: BatchPlan,
+}
+
+/// Makes every path of the settings absolute; relative ones start at `working_dir`.
+#[must_use]
+pub fn with_absolute_paths(mut config: Config, working_dir: &Path) -> Config {
+    let absolute = |path: &mut PathBuf| *path = lexically_clean(&working_dir.join(&path));
+    config.data.train_files.iter_mut().chain(&mut config.data.val_files).for_each(absolute);
+    absolute(&mut config.actor_rollout_ref.model.path);
+    let (run_dir, trainer) = (config.trainer.run_dir(), &mut config.trainer);
+    trainer.run_dir = Some(run_dir);
+    [&mut trainer.run_dir, &mut trainer.default_local_dir, &mut trainer.resume_from_path]
+        .into_iter()
+        .flatten()
+        .for_each(absolute);
+    config.agent.model_name_or_path.iter_mut().for_each(absolute);
+    config
+}
+
+/// Takes `.` out of a path; `..` stays, for a link before it may lead elsewhere.
+fn lexically_clean(path: &Path) -> PathBuf {
+    path.components().collect()
+}
+
+/// Checks what can be checked before anything starts: paths, model files, every question, the batch arithmetic
+/// and the room for a checkpoint. Paths must be absolute already.
+///
+/// # Errors
+/// What is wrong, and what to do.
+pub fn check(config: &Config) -> Outcome<Checked> {
+    preflight(config)?;
+    let questions = Questions::load(config)?;
+    let plan = batch_plan(config, Some(questions.train_rows() as u64)).map_err(Failure::operator)?;
+    check_room(config)?;
+    Ok(Checked { questions, plan })
+}
+
+/// One checkpoint must fit: weights as exported, plus f32 master weights and both moments of AdamW: seven times a
+/// bf16 model.
+fn check_room(config: &Config) -> Outcome {
+    let model = &config.actor_rollout_ref.model.path;
+    let entries = std::fs::read_dir(model).map_err(|e| {
+        Failure::operator(anyhow::Error::from(e).context(format!("could not list {}", model.display())))
+    })?;
+    let weights: u64 = entries
+        .filter_map(Result::ok)
+        .filter(|entry| entry.path().extension().is_some_and(|ext| ext == "safetensors"))
+        .filter_map(|entry| std::fs::metadata(entry.path()).ok())
+        .map(|found| found.len())
+        .sum();
+    let (dir, need_bytes) =
+        (config.trainer.checkpoint_dir(), weights.saturating_mul(7).saturating_add(SPARE_BYTES));
+    let free = free_bytes(&dir).map_err(Failure::operator)?;
+    if free < need_bytes {
+        return Err(Failure::operator(anyhow::anyhow!(
+            "no room for a checkpoint in {}: about {} MiB are needed, {} MiB are free; free some, or point \
+             trainer.default_local_dir elsewhere",
+            dir.display(),
+            need_bytes >> 20,
+            free >> 20
+        )));
+    }
+    Ok(())
+}
+
+impl Submission {
+    /// Checks a job and opens its folder.
+    ///
+    /// # Errors
+    /// What is wrong, and what to do.
+    pub fn prepare(config: Config, working_dir: &Path) -> Outcome<Self> {
+        let config = with_absolute_paths(config, working_dir);
+        let Checked { questions, .. } = check(&config)?;
+        let holder = format!("a job of {}/{}", config.trainer.project_name, config.trainer.experiment_name);
+        let opened = RunDir::open(&config, &holder).map_err(run_dir_failure)?;
+        let Opened { run_dir, resume, notes } = opened;
+        let new_job = NewJob {
+            project: config.trainer.project_name.clone(),
+            experiment: config.trainer.experiment_name.clone(),
+            run_dir: run_dir.path().to_owned(),
+            checkpoint_dir: config.trainer.checkpoint_dir(),
+            config_json: serde_json::to_string(&config).map_err(Failure::us)?,
+            ranks: config.world_size(),
+            step: resume.as_ref().map_or(0, |point| point.step),
+            total_steps: 0,
+        };
+        let (train_rows, validation_rows) = (questions.train_rows(), questions.validation_rows());
+        let validation_sources = questions.validation.iter().map(|row| row.data_source.clone()).collect();
+        let spec = JobSpec { config, train_rows, validation_rows, validation_sources, resume };
+        let plan = JobPlan::of(&spec).map_err(core_failure)?;
+        let new_job = NewJob { total_steps: plan.total_steps, ..new_job };
+        Ok(Self { spec, new_job, questions, run_dir, notes })
+    }
+}
+
+fn core_failure(fault: CoreFault) -> Failure {
+    Failure { whose: fault.whose, error: anyhow::anyhow!(fault.message) }
+}
+
+fn run_dir_failure(error: RunDirError) -> Failure {
+    Failure::operator(error)
+}
+
+/// Where a job that its head left behind goes on, in words.
+#[must_use]
+pub fn after_the_head_died(checkpoint_dir: &Path) -> String {
+    let newest = checkpoints::steps_in(checkpoint_dir).ok().and_then(|steps| steps.last().copied());
+    let how = match newest {
+        Some(step) => format!("it resumes from step {step} (trainer.resume_mode={})", ResumeMode::Auto),
+        None => "it has no checkpoint yet and begins anew".to_owned(),
+    };
+    format!("the head ended while it ran; start it again: {how}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_goes_to_the_ranks_as_it_stood_in_its_file_with_its_text_where_they_look_first() {
+        let extra = serde_json::json!({"unit": "cm", "question": "beside the prompt"});
+        let row = Row {
+            id: "q7".into(),
+            text: "How long?\n$x$".into(),
+            answer: "3".into(),
+            extra: extra.as_object().unwrap().clone(),
+            data_source: "train".into(),
+        };
+        let questions = Questions { train: vec![row], validation: Vec::new() };
+        let (id, json) = questions.row(Purpose::Train, 0).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!((id.as_str(), &json["prompt"]), ("q7", &"How long?\n$x$".into()));
+        assert_eq!((&json["answer"], &json["unit"], &json["id"]), (&"3".into(), &"cm".into(), &"q7".into()));
+        assert!(questions.row(Purpose::Validation, 0).is_none());
+    }
+
+    #[test]
+    fn relative_paths_start_where_the_job_was_submitted() {
+        let settings = ["data.train_files=./data/t.json".to_owned(), "trainer.project_name=p".to_owned()];
+        let config = agentfly_common::config::resolve(&settings, None, []).unwrap().config;
+        let config = with_absolute_paths(config, Path::new("/home/me"));
+        assert_eq!(config.data.train_files, [Path::new("/home/me/data/t.json")]);
+        assert_eq!(config.trainer.run_dir(), Path::new("/home/me/runs/p/default"));
+        assert_eq!(config.trainer.checkpoint_dir(), Path::new("/home/me/runs/p/default/checkpoints"));
+        let again = with_absolute_paths(config.clone(), Path::new("/elsewhere"));
+        assert_eq!(again, config, "absolute paths stay");
+    }
+}

@@ -1,0 +1,208 @@
+//! Stories of single jobs: what the core decides, in order, and in which words it fails.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
+mod core_world;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use agentfly_common::ids::{ChainKey, PolicyVersion, Purpose};
+use agentfly_common::trajectory::Outcome;
+use agentfly_coordinator::core::event::{Event, JobState, RankId, ResumePoint};
+use agentfly_coordinator::data::Cursor;
+use core_world::{Temper, World, chain, config, job};
+
+const LONG: Duration = Duration::from_secs(2000);
+
+/// Compares with `tests/golden/<name>`; `UPDATE_GOLDEN=1` rewrites the file, and the diff shows the change.
+fn assert_golden(name: &str, got: &str) {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        return std::fs::write(&path, got).unwrap();
+    }
+    let want = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        want == got,
+        "{} differs; if that is meant, run with UPDATE_GOLDEN=1 and read the diff\n{got}",
+        path.display()
+    );
+}
+
+fn two_ranks(overrides: &[&str]) -> agentfly_common::config::Config {
+    config(&[&["trainer.n_gpus_per_node=2"], overrides].concat())
+}
+
+#[test]
+fn two_ranks_train_three_steps() {
+    let mut world = World::new(1, Temper::default());
+    world.add_node("node-a", 2);
+    let config = two_ranks(&["trainer.val_before_train=True", "trainer.test_freq=2", "trainer.save_freq=2"]);
+    world.submit("job-1", job(config, 2));
+    world.run(LONG);
+    let without_progress = |line: &&String| !line.contains("Rollout of") && !line.contains("Validation of");
+    let lines: Vec<String> = world.lines.iter().filter(without_progress).cloned().collect();
+    assert_golden("core_happy_story.txt", &(lines.join("\n") + "\n"));
+}
+
+#[test]
+fn a_rank_that_dies_is_named_with_its_last_words_and_the_others_are_stopped() {
+    let mut world = World::new(1, Temper { slowness: 4.0, ..Temper::default() });
+    world.add_node("node-a", 2);
+    world.submit("job-1", job(two_ranks(&[]), 0));
+    let rank = RankId { job: "job-1".to_owned(), rank: 1, incarnation: 1 };
+    let cause = "was ended by signal 9; its last words: loading the model".to_owned();
+    world.apply(Event::RankExited { rank, cause });
+    world.run(LONG);
+    let end = &world.ended["job-1"];
+    assert_eq!(end.state, JobState::Failed);
+    assert_eq!(
+        end.detail,
+        "rank 1 on node node-a is gone: was ended by signal 9; its last words: loading the model"
+    );
+    assert!(
+        world.lines.iter().any(|line| line.starts_with("stop ranks of job-1 on node-a")),
+        "{:?}",
+        world.lines
+    );
+}
+
+#[test]
+fn who_is_waited_for_is_named_with_what_it_does() {
+    let mut world = World::new(1, Temper { hang: 1.0, ..Temper::default() });
+    world.add_node("node-a", 1);
+    world.submit("job-1", job(config(&["trainer.n_gpus_per_node=1"]), 0));
+    world.run(LONG);
+    assert_eq!(
+        world.ended["job-1"].detail,
+        "starting took longer than trainer.startup_timeout_seconds=60: waiting for rank 0 to join; it has been in \
+         all_reduce for 65 s (last heard 65 s ago)"
+    );
+}
+
+#[test]
+fn the_next_job_starts_when_seats_are_free_and_one_that_cannot_fit_holds_up_nobody() {
+    let mut world = World::new(1, Temper { slowness: 2.0, ..Temper::default() });
+    world.add_node("node-a", 2);
+    world.submit("large", job(config(&["trainer.n_gpus_per_node=4"]), 0));
+    world.submit("first", job(two_ranks(&[]), 0));
+    world.submit("second", job(two_ranks(&[]), 0));
+    world.run(LONG);
+    let of = |start: &str| world.lines.iter().position(|line| line.starts_with(start)).unwrap();
+    assert!(of("first ended Finished") < of("start second/0"), "{:#?}", world.lines);
+    assert!(of("large is Queued: waiting for nodes: 4 ranks need 4 CPU seats") < of("start first/0"));
+    assert_eq!(world.ended["second"].state, JobState::Finished);
+    assert_eq!(world.ended["large"].state, JobState::Cancelled);
+}
+
+#[test]
+fn a_resumed_job_goes_on_where_the_checkpoint_stands() {
+    let resume = |step| {
+        let cursor = Cursor { epoch: 0, position: 2 };
+        Some(ResumePoint { dir: "global_step_1".into(), step, policy_version: PolicyVersion(step), cursor })
+    };
+    let mut world = World::new(1, Temper::default());
+    world.add_node("node-a", 2);
+    world.state.apply(world.now, Event::Tick);
+    let mut spec = job(config(&["trainer.n_gpus_per_node=1", "trainer.total_training_steps=3"]), 0);
+    spec.resume = resume(3);
+    let done = world
+        .state
+        .apply(world.now, Event::JobSubmitted { job: "done".to_owned(), spec: Box::new(spec.clone()) });
+    let done = format!("{done:?}");
+    assert!(
+        done.contains("Finished") && done.contains("nothing left to do: checkpoint is at step 3 of 3"),
+        "{done}"
+    );
+
+    spec.resume = resume(1);
+    let started =
+        world.state.apply(world.now, Event::JobSubmitted { job: "more".to_owned(), spec: Box::new(spec) });
+    assert!(format!("{started:?}").contains("StartRank"), "{started:?}");
+    let rank = RankId { job: "more".to_owned(), rank: 0, incarnation: 1 };
+    let prepare = format!("{:?}", world.state.apply(world.now, Event::RankJoined { rank: rank.clone() }));
+    assert!(prepare.contains("global_step_1") && prepare.contains("PolicyVersion(1)"), "{prepare}");
+    let ready = Event::RankReady { rank, policy_version: PolicyVersion(1), weights_hash: "h".to_owned() };
+    let rollout = format!("{:?}", world.state.apply(world.now, ready));
+    assert!(rollout.contains("step: 2") && rollout.contains("groups: [(0, 2), (1, 3)]"), "{rollout}");
+}
+
+/// Tells the core that the only rank of `job-1` attests these weights after step 1.
+fn step_one_ends_with(config: agentfly_common::config::Config, weights_hash: &str) -> World {
+    let mut world = World::new(1, Temper { hang: 1.0, ..Temper::default() });
+    world.add_node("node-a", 1);
+    world.submit("job-1", job(config, 0));
+    let rank = RankId { job: "job-1".to_owned(), rank: 0, incarnation: 1 };
+    world.apply(Event::RankJoined { rank: rank.clone() });
+    let loaded = PolicyVersion(0);
+    world.apply(Event::RankReady {
+        rank: rank.clone(),
+        policy_version: loaded,
+        weights_hash: "loaded".to_owned(),
+    });
+    for (group, index) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        let key = ChainKey { purpose: Purpose::Train, step: 1, group, chain: index };
+        let trajectory = Box::new(chain(key, loaded));
+        world.apply(Event::TrajectoryArrived { rank: rank.clone(), shard: 1, trajectory });
+    }
+    world.apply(Event::RolloutDone { rank: rank.clone(), shard: 1, metrics: BTreeMap::new() });
+    let (policy_version, weights_hash) = (PolicyVersion(1), weights_hash.to_owned());
+    world.apply(Event::TrainDone { rank, step: 1, policy_version, weights_hash, metrics: BTreeMap::new() });
+    world
+}
+
+#[test]
+fn an_update_that_changes_nothing_is_a_fault_unless_the_learning_rate_is_zero() {
+    let one_rank = "trainer.n_gpus_per_node=1";
+    let mut world = step_one_ends_with(config(&[one_rank]), "loaded");
+    world.run(LONG);
+    let end = &world.ended["job-1"];
+    assert!(end.detail.starts_with("step 1: the update changed nothing"), "{}", end.detail);
+    assert_eq!((end.steps_done, end.policy_version), (0, PolicyVersion(0)), "the step does not count");
+
+    let world = step_one_ends_with(config(&[one_rank, "actor_rollout_ref.actor.optim.lr=0"]), "loaded");
+    let said = world.lines.iter().find(|line| line.contains("Warn")).unwrap();
+    assert!(said.contains("unchanged, because the learning rate is 0 (1 such steps so far)"), "{said}");
+    assert!(world.lines.iter().any(|line| line.starts_with("job-1 finished step 1")), "{:#?}", world.lines);
+}
+
+fn arrives(world: &mut World, rank: &RankId, shard: u64, (group, index): (u32, u32), fault: Option<&str>) {
+    let key = ChainKey { purpose: Purpose::Train, step: 1, group, chain: index };
+    let mut trajectory = Box::new(chain(key, PolicyVersion(0)));
+    if let Some(cause) = fault {
+        trajectory.outcome = Outcome::InfrastructureFault { cause: cause.to_owned() };
+    }
+    world.apply(Event::TrajectoryArrived { rank: rank.clone(), shard, trajectory });
+}
+
+#[test]
+fn a_group_whose_chain_failed_for_no_fault_of_its_own_is_asked_again_elsewhere() {
+    let mut world = World::new(1, Temper { hang: 1.0, ..Temper::default() });
+    world.add_node("node-a", 2);
+    world.submit("job-1", job(two_ranks(&[]), 0));
+    let ranks = [0, 1].map(|rank| RankId { job: "job-1".to_owned(), rank, incarnation: 1 });
+    let [zero, one] = &ranks;
+    for rank in &ranks {
+        world.apply(Event::RankJoined { rank: rank.clone() });
+    }
+    world.apply(Event::StoreOpened { rank: zero.clone(), host: "h".to_owned(), port: 1 });
+    for rank in &ranks {
+        let (rank, policy_version, weights_hash) = (rank.clone(), PolicyVersion(0), "loaded".to_owned());
+        world.apply(Event::RankReady { rank, policy_version, weights_hash });
+    }
+    let done = |world: &mut World, rank: &RankId, shard| {
+        world.apply(Event::RolloutDone { rank: rank.clone(), shard, metrics: BTreeMap::new() });
+    };
+    arrives(&mut world, zero, 1, (0, 0), Some("the tool pool died"));
+    arrives(&mut world, zero, 1, (0, 1), None);
+    done(&mut world, zero, 1);
+    assert!(world.lines.iter().any(|line| line == "job-1/1 <- rollout shard=3 step=1 policy=0 2x[(0, 0)]"));
+    for index in 0..2 {
+        arrives(&mut world, one, 2, (1, index), None);
+        arrives(&mut world, one, 3, (0, index), None);
+    }
+    done(&mut world, one, 2);
+    assert!(!world.lines.iter().any(|line| line.contains("<- train")), "shard 3 is not done");
+    done(&mut world, one, 3);
+    assert!(world.lines.iter().any(|line| line == "job-1/0 <- train step=1 policy=0"), "{:#?}", world.lines);
+}
