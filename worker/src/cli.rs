@@ -1,0 +1,157 @@
+//! The command line of `worker`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use agentfly_common::telemetry::{LogTo, init};
+use agentfly_proto::v1::RankId;
+use clap::{Args, Parser, Subcommand};
+
+use crate::commands::{generate, score, warmup};
+use crate::node::{DeviceRequest, NodeOptions};
+use crate::process::die_with_parent;
+use crate::rank::{Address, DeviceName, RankOptions};
+
+/// A node of the cluster: generates rollouts and trains.
+///
+/// Join a coordinator with `worker --join host:6379`; talk to a model with `worker generate`.
+#[derive(Debug, Parser)]
+#[command(version, args_conflicts_with_subcommands = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    join: Join,
+}
+
+#[derive(Debug, Args)]
+struct Join {
+    /// The coordinator to join, as host:port
+    #[arg(long, value_name = "HOST:PORT")]
+    join: Option<String>,
+    /// GPUs to offer [default: all]
+    #[arg(long)]
+    num_gpus: Option<u32>,
+    /// CPU ranks to offer [default: 1 where there is no GPU]
+    #[arg(long)]
+    num_cpu_ranks: Option<u32>,
+    /// CPU cores to share among the ranks [default: all]
+    #[arg(long)]
+    num_cpus: Option<u32>,
+    /// The address at which other ranks reach this node's ranks
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
+    node_ip_address: String,
+    /// File with the coordinator's join token (or set AGENTFLY_TOKEN)
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// End when the process with this id, which must be the parent, ends
+    #[arg(long, value_name = "PID", hide = true)]
+    die_with_parent: Option<u32>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Score token ids: JSONL {"ids":[…]} on stdin, {"logprobs":[null,…]} on stdout
+    Score(score::ScoreArgs),
+    /// Talk to a model
+    Generate(generate::GenerateArgs),
+    /// Train a model on demonstrations (supervised), as a start for reinforcement learning
+    Warmup(warmup::WarmupArgs),
+    /// One device's process; started by the node
+    #[command(hide = true)]
+    Rank(RankArgs),
+}
+
+#[derive(Debug, Args)]
+struct RankArgs {
+    #[arg(long)]
+    coordinator: String,
+    #[arg(long)]
+    job: String,
+    #[arg(long)]
+    rank: u32,
+    #[arg(long)]
+    incarnation: u32,
+    #[arg(long)]
+    device: DeviceName,
+    #[arg(long)]
+    threads: u32,
+    #[arg(long)]
+    address: String,
+    #[arg(long)]
+    parent_pid: u32,
+}
+
+/// Runs the command line; errors go to stderr, whole, with what to do next.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let quiet = matches!(cli.command, Some(Command::Score(_) | Command::Generate(_) | Command::Warmup(_)));
+    let logged = init(LogTo::Stderr, if quiet { "warn" } else { "info" });
+    match logged.map_err(anyhow::Error::from).and_then(|()| dispatch(cli)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Some(Command::Score(args)) => score::run(&args),
+        Some(Command::Generate(args)) => generate::run(&args),
+        Some(Command::Warmup(args)) => warmup::run(&args),
+        Some(Command::Rank(args)) => {
+            die_with_parent(args.parent_pid)?;
+            let id = RankId { job_id: args.job, rank: args.rank, incarnation: args.incarnation };
+            let options = RankOptions {
+                coordinator: args.coordinator,
+                token: token(None)?,
+                id,
+                device: args.device,
+                threads: args.threads,
+                address: Address(args.address),
+            };
+            block_on(crate::rank::run(options))
+        }
+        None => {
+            if let Some(parent) = cli.join.die_with_parent {
+                die_with_parent(parent)?;
+            }
+            let Some(join) = cli.join.join else {
+                anyhow::bail!("--join HOST:PORT is missing: the address that `coordinator --head` printed");
+            };
+            let options = NodeOptions {
+                join,
+                token: token(cli.join.token_file.as_deref())?,
+                devices: DeviceRequest { gpus: cli.join.num_gpus, cpu_ranks: cli.join.num_cpu_ranks },
+                cpus: cli.join.num_cpus,
+                address: cli.join.node_ip_address,
+            };
+            block_on(crate::node::run(options))
+        }
+    }
+}
+
+/// The join token: a file that was named, else the environment, else that of a head on this machine.
+fn token(file: Option<&std::path::Path>) -> anyhow::Result<String> {
+    if let Some(file) = file {
+        let text = std::fs::read_to_string(file)
+            .map_err(|e| anyhow::anyhow!("the token file {} cannot be read: {e}", file.display()))?;
+        return Ok(text.trim().to_owned());
+    }
+    std::env::var("AGENTFLY_TOKEN").map_err(|_| {
+        anyhow::anyhow!(
+            "no join token: give --token-file FILE or set AGENTFLY_TOKEN; \
+             the head keeps its own in its runtime folder (`coordinator status --json` names it)"
+        )
+    })
+}
+
+/// Runs a future to its end on a new runtime; what is still running then is given a second.
+fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(work);
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    result
+}

@@ -1,0 +1,112 @@
+//! `worker generate`: one prompt, one answer, from the same engine that makes rollouts.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use agentfly_agent::template::ChatTemplate;
+use agentfly_agent::tokenizer::ChatTokenizer;
+use agentfly_common::ids::PolicyVersion;
+use agentfly_common::sampling::{Generation, SamplingParams, StopReason};
+use agentfly_policy::engine::{Engine, EngineConfig, TurnRequest};
+use agentfly_policy::placement::{Place, open, set_up};
+use anyhow::Context as _;
+use serde::Serialize;
+
+use super::DtypeArg;
+
+/// Arguments of `worker generate`.
+#[derive(Debug, clap::Args)]
+pub struct GenerateArgs {
+    /// Hugging Face model directory
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// What to say
+    #[arg(long)]
+    prompt: String,
+    /// Chat template by name (qwen-chat, chatml, …) [default: the model's own]
+    #[arg(long)]
+    template: Option<String>,
+    /// System prompt [default: the template's]
+    #[arg(long)]
+    system: Option<String>,
+    /// 0 is greedy
+    #[arg(long, default_value_t = 1.0)]
+    temperature: f64,
+    /// Nucleus sampling
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f64,
+    /// Only the K most likely tokens
+    #[arg(long)]
+    top_k: Option<u32>,
+    /// Longest answer, tokens
+    #[arg(long, default_value_t = 256)]
+    max_tokens: u32,
+    /// Seed of the random stream
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Ids, log-probs and text as one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Numbers to compute in
+    #[arg(long, value_enum, default_value = "auto")]
+    dtype: DtypeArg,
+    /// Device: cpu or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: Place,
+    /// CPU threads
+    #[arg(long, default_value_t = 1)]
+    threads: u32,
+}
+
+#[derive(Serialize)]
+struct Answer {
+    prompt_ids: Vec<u32>,
+    ids: Vec<u32>,
+    logprobs: Vec<f32>,
+    text: String,
+    stop: StopReason,
+}
+
+/// Prints the answer.
+///
+/// # Errors
+/// A model, template or sampling setting that cannot be used.
+pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
+    let tokenizer = Arc::new(ChatTokenizer::from_dir(&args.model)?);
+    let template = ChatTemplate::new(args.template.as_deref(), tokenizer.clone())?;
+    let prompt_ids = template.prompt_ids(args.system.as_deref(), &args.prompt, &[])?;
+    let generation = sample(args, &prompt_ids, tokenizer.stop_ids())?;
+    let text = tokenizer.decode(&generation.ids)?;
+    if args.json {
+        let Generation { ids, log_probs, stop, .. } = generation;
+        println!("{}", serde_json::to_string(&Answer { prompt_ids, ids, logprobs: log_probs, text, stop })?);
+    } else {
+        println!("{text}");
+    }
+    Ok(())
+}
+
+fn sample(args: &GenerateArgs, prompt_ids: &[u32], stop_ids: Vec<u32>) -> anyhow::Result<Generation> {
+    set_up(args.threads, args.device)?;
+    let decoder = open(&args.model, args.dtype.into(), args.device)?;
+    let trained = usize::try_from(decoder.config().max_position_embeddings).unwrap_or(usize::MAX);
+    let window = trained.min(prompt_ids.len() + args.max_tokens as usize);
+    let limits = EngineConfig { max_slots: 1, max_tokens_per_chain: window, max_prefill_tokens: window };
+    let mut engine = Engine::new(limits, decoder.config());
+    let sampling = SamplingParams {
+        temperature: args.temperature,
+        top_p: args.top_p,
+        top_k: args.top_k,
+        max_tokens: args.max_tokens,
+        stop_ids,
+    };
+    let request =
+        TurnRequest { chain: 0, group: None, new_tokens: prompt_ids.to_vec(), sampling, seed: args.seed };
+    engine.submit(request)?;
+    while engine.has_work() {
+        if let Some((_, ended)) = engine.step(&decoder, PolicyVersion::default())?.into_iter().next() {
+            return Ok(ended?);
+        }
+    }
+    Err(anyhow::anyhow!("the engine had nothing to do")).context("the prompt was not taken")
+}

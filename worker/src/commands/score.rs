@@ -1,0 +1,61 @@
+//! `worker score`: log-probs of given token ids, so that anyone can check the model from outside.
+
+use std::io::{BufRead as _, Write as _};
+use std::path::PathBuf;
+
+use agentfly_policy::model::score;
+use agentfly_policy::placement::{Place, open, set_up};
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
+
+use super::DtypeArg;
+
+/// Arguments of `worker score`.
+#[derive(Debug, clap::Args)]
+pub struct ScoreArgs {
+    /// Hugging Face model directory
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Numbers to compute in
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: DtypeArg,
+    /// Device: cpu or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: Place,
+    /// CPU threads
+    #[arg(long, default_value_t = 1)]
+    threads: u32,
+}
+
+#[derive(Deserialize)]
+struct Line {
+    ids: Vec<u32>,
+}
+
+#[derive(Serialize)]
+struct Scored {
+    logprobs: Vec<Option<f32>>,
+}
+
+/// Reads `{"ids":[…]}` lines from stdin, writes `{"logprobs":[null,…]}` lines to stdout.
+///
+/// # Errors
+/// A model that cannot be read, or the first line that cannot be scored, by number.
+pub fn run(args: &ScoreArgs) -> anyhow::Result<()> {
+    set_up(args.threads, args.device)?;
+    let decoder = open(&args.model, args.dtype.into(), args.device)?;
+    let mut out = std::io::stdout().lock();
+    for (index, line) in std::io::stdin().lock().lines().enumerate() {
+        let (line, number) = (line?, index + 1);
+        if line.trim().is_empty() {
+            continue;
+        }
+        let Line { ids } =
+            serde_json::from_str(&line).with_context(|| format!("line {number} is not {{\"ids\":[…]}}"))?;
+        let logprobs = score(&decoder, &ids).with_context(|| format!("line {number}"))?;
+        serde_json::to_writer(&mut out, &Scored { logprobs })?;
+        out.write_all(b"\n")?;
+        out.flush()?;
+    }
+    Ok(())
+}

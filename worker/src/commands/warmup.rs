@@ -1,0 +1,183 @@
+//! `worker warmup`: a model of a given shape, taught by demonstrations, as a start for reinforcement learning.
+//!
+//! Weights are drawn from the seed, or read when `--from` names a model; the same inputs give the same
+//! weights on the same machine.
+
+use std::io::BufRead as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use agentfly_agent::template::{ChatTemplate, Next, ToolReply};
+use agentfly_agent::tokenizer::ChatTokenizer;
+use agentfly_common::seed::JobSeed;
+use agentfly_common::trajectory::{Message, Role};
+use agentfly_policy::learner::{
+    Learner, LearnerConfig, LrSchedule, MicroBatchLimit, Schedule, SupervisedRow,
+};
+use agentfly_policy::placement::{Dtype, Place, open, random, save, set_up};
+use anyhow::Context as _;
+use indicatif::{ProgressBar, ProgressStyle};
+use rand::seq::SliceRandom as _;
+use serde::Deserialize;
+
+/// Arguments of `worker warmup`.
+#[derive(Debug, clap::Args)]
+pub struct WarmupArgs {
+    /// Directory with config.json and the tokenizer (weights, if any, are not read)
+    #[arg(long, value_name = "DIR", required_unless_present = "from")]
+    shape: Option<PathBuf>,
+    /// Start from this model instead of random weights
+    #[arg(long, value_name = "DIR", conflicts_with = "shape")]
+    from: Option<PathBuf>,
+    /// Demonstrations: JSONL {"messages":[{"role","content"},…]}
+    #[arg(long, value_name = "FILE")]
+    demos: PathBuf,
+    /// Where to write the model
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Chat template
+    #[arg(long, default_value = "qwen-chat")]
+    template: String,
+    /// Updates
+    #[arg(long, default_value_t = 1000)]
+    steps: u64,
+    /// Demonstrations per update
+    #[arg(long, default_value_t = 64)]
+    batch: usize,
+    /// Peak learning rate; linear warm-up over a twentieth of the steps, then cosine to a fiftieth
+    #[arg(long, default_value_t = 2e-3)]
+    lr: f64,
+    /// Seed of weights and order
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// CPU threads
+    #[arg(long, default_value_t = 2)]
+    threads: u32,
+}
+
+#[derive(Deserialize)]
+struct Demo {
+    messages: Vec<Message>,
+}
+
+/// Trains and writes the model.
+///
+/// # Errors
+/// What is wrong with the demonstrations (by line), the shape or the disk; a loss that is no number.
+pub fn run(args: &WarmupArgs) -> anyhow::Result<()> {
+    let source = args.from.as_ref().or(args.shape.as_ref()).context("either --shape or --from is given")?;
+    let tokenizer = Arc::new(ChatTokenizer::from_dir(source)?);
+    let template = ChatTemplate::new(Some(&args.template), tokenizer)?;
+    let rows = read_demos(args, &template)?;
+    set_up(args.threads, Place::Cpu)?;
+    let mut decoder = match &args.from {
+        Some(dir) => open(dir, Dtype::F32, Place::Cpu)?,
+        None => random(source, args.seed)?,
+    };
+    let config = LearnerConfig {
+        betas: (0.9, 0.98), // as short a memory as a thousand updates want
+        micro_batch: MicroBatchLimit::Tokens(8192),
+        ..LearnerConfig::default()
+    };
+    let mut learner = Learner::new(config, &decoder, false, None)?;
+    let schedule = LrSchedule {
+        lr: args.lr,
+        kind: Schedule::Cosine,
+        warmup_steps: args.steps / 20,
+        total_steps: args.steps,
+        min_lr_ratio: 0.02,
+        num_cycles: 0.5,
+    };
+    let bar = progress(args.steps)?;
+    let mut order = Order { seed: JobSeed(args.seed), epoch: 0, left: Vec::new(), rows: rows.len() };
+    for step in 0..args.steps {
+        let batch: Vec<SupervisedRow> = order.next(args.batch).into_iter().map(|i| rows[i].clone()).collect();
+        // The schedule's first rate with warm-up is 0: start one in.
+        let stats = learner.supervised_step(&mut decoder, &batch, schedule.rate(step + 1))?;
+        bar.set_message(format!("loss {:.4}", stats.loss));
+        bar.inc(1);
+        if (step + 1) % 100 == 0 && bar.is_hidden() {
+            println!("warm-up step {} of {}: loss {:.4}", step + 1, args.steps, stats.loss);
+        }
+    }
+    bar.finish();
+    save(&args.out, &decoder, source)?;
+    println!("wrote {}", args.out.display());
+    Ok(())
+}
+
+fn progress(steps: u64) -> anyhow::Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} updates, {msg}, {eta} left")?;
+    Ok(ProgressBar::new(steps).with_style(style))
+}
+
+/// Every demonstration once per epoch, in a new order each.
+struct Order {
+    seed: JobSeed,
+    epoch: u64,
+    left: Vec<usize>,
+    rows: usize,
+}
+
+impl Order {
+    fn next(&mut self, count: usize) -> Vec<usize> {
+        let mut taken = Vec::with_capacity(count);
+        while taken.len() < count {
+            if self.left.is_empty() {
+                self.left = (0..self.rows).collect();
+                self.left.shuffle(&mut self.seed.rng("warmup-order", &[self.epoch]));
+                self.epoch += 1;
+            }
+            taken.extend(self.left.pop());
+        }
+        taken
+    }
+}
+
+fn read_demos(args: &WarmupArgs, template: &ChatTemplate) -> anyhow::Result<Vec<SupervisedRow>> {
+    let name = args.demos.display();
+    let file = std::fs::File::open(&args.demos).with_context(|| format!("cannot read {name}"))?;
+    let mut rows = Vec::new();
+    for (index, line) in std::io::BufReader::new(file).lines().enumerate() {
+        let number = index + 1;
+        let demo: Demo = serde_json::from_str(&line?)
+            .with_context(|| format!("{name}, line {number}: not {{\"messages\":[…]}}"))?;
+        rows.push(row(&demo.messages, template).with_context(|| format!("{name}, line {number}"))?);
+    }
+    anyhow::ensure!(!rows.is_empty(), "{name} holds no demonstration");
+    Ok(rows)
+}
+
+/// A demonstration as the chain loop would have recorded it: the same prompt, deltas and mask.
+fn row(messages: &[Message], template: &ChatTemplate) -> anyhow::Result<SupervisedRow> {
+    let (system, rest) = match messages {
+        [first, rest @ ..] if first.role == Role::System => (Some(first.content.as_str()), rest),
+        all => (None, all),
+    };
+    let Some((user, turns)) = rest.split_first().filter(|(first, _)| first.role == Role::User) else {
+        anyhow::bail!("the first message after the system prompt must be the user's");
+    };
+    let mut token_ids = template.prompt_ids(system, &user.content, &[])?;
+    let mut loss_mask = vec![false; token_ids.len()];
+    let tokenizer = template.tokenizer();
+    for (index, message) in turns.iter().enumerate() {
+        let (ids, learned) = match message.role {
+            Role::Assistant => {
+                let mut ids = tokenizer.encode_text(&message.content)?;
+                ids.push(tokenizer.end_of_turn_id());
+                (ids, true)
+            }
+            Role::Tool => {
+                let next = if index + 1 == turns.len() { Next::End } else { Next::Generate };
+                let reply = ToolReply { tool: String::new(), text: message.content.clone() };
+                (template.observation_ids(&[reply], true, next)?, false)
+            }
+            other => {
+                anyhow::bail!("message {} is the {other:?}'s; only assistant and tool may follow", index + 2)
+            }
+        };
+        loss_mask.extend(std::iter::repeat_n(learned, ids.len()));
+        token_ids.extend(ids);
+    }
+    Ok(SupervisedRow { token_ids, loss_mask })
+}

@@ -1,0 +1,106 @@
+//! What a prepared rank holds for its job: the device thread and everything its chains share.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use agentfly_agent::chain::ChainDeps;
+use agentfly_c10d::Store;
+use agentfly_common::batch::TrainShard;
+use agentfly_common::config::Config;
+use agentfly_common::ids::{PolicyVersion, Purpose};
+use agentfly_common::sampling::SamplingParams;
+use agentfly_common::seed::JobSeed;
+use agentfly_policy::device::DeviceHandle;
+use agentfly_policy::learner::Learner;
+use anyhow::{Context as _, anyhow};
+
+use super::RankError;
+use super::train::learner_error;
+
+/// The device thread's own state: the learner, once the group stands, and the window of a chain in tokens.
+pub(super) type LearnerSeat = (Option<Learner>, u32);
+
+/// A prepared job.
+pub struct Job {
+    /// Its settings.
+    pub config: Config,
+    /// Its seed.
+    pub seed: JobSeed,
+    /// Most tokens of a chain.
+    pub window: u32,
+    /// What its chains share.
+    pub chain_deps: ChainDeps,
+    /// This rank, 0-based.
+    pub rank: u32,
+    /// How many ranks there are.
+    pub world_size: u32,
+    /// Training steps of the whole job, for the learning rate's schedule.
+    pub total_steps: u64,
+    /// The directory the weights came from; tokenizer and template files are copied from here.
+    pub model_dir: PathBuf,
+    /// A checkpoint to take the optimizer's state from.
+    pub resume_dir: Option<PathBuf>,
+    /// Ids that end a turn.
+    pub stop_ids: Vec<u32>,
+    /// The address ranks reach each other at.
+    pub address: String,
+    pub(super) device: DeviceHandle<LearnerSeat>,
+    /// Rank 0 keeps the rendezvous store open for as long as the job lives.
+    pub(super) store: Mutex<Option<Store>>,
+}
+
+impl Job {
+    /// How chains of this purpose are sampled.
+    #[must_use]
+    pub fn sampling(&self, purpose: Purpose) -> SamplingParams {
+        let rollout = &self.config.actor_rollout_ref.rollout;
+        match purpose {
+            Purpose::Train => rollout.training_sampling(self.stop_ids.clone()),
+            Purpose::Validation => rollout.validation_sampling(self.stop_ids.clone()),
+        }
+    }
+
+    /// Fails unless the device holds this version: nothing is sampled or trained from other weights.
+    ///
+    /// # Errors
+    /// Both versions.
+    pub async fn check_version(&self, told: PolicyVersion) -> Result<(), RankError> {
+        let held = self
+            .device
+            .call("reading the policy version", |device| device.policy_version)
+            .await
+            .map_err(RankError::us)?;
+        if held == told {
+            return Ok(());
+        }
+        Err(RankError::us(anyhow!(
+            "told to work with policy version {told}, but rank {} holds {held}",
+            self.rank
+        )))
+    }
+
+    /// One training step: figures, new version, hash of the new weights.
+    ///
+    /// # Errors
+    /// The learner's, with its owner.
+    pub async fn train(
+        &self,
+        shard: TrainShard,
+    ) -> Result<(BTreeMap<String, f64>, PolicyVersion, String), RankError> {
+        let work = move |device: &mut agentfly_policy::device::Device<LearnerSeat>| {
+            let learner = device
+                .extra
+                .0
+                .as_mut()
+                .context("the collective group was never formed")
+                .map_err(RankError::us)?;
+            let stats = learner.train(&mut device.decoder, &shard).map_err(learner_error)?;
+            device.engine.forget_weights();
+            device.policy_version = device.policy_version.next();
+            let hash = device.decoder.weights_hash().map_err(RankError::us)?;
+            Ok((stats.metrics, device.policy_version, hash))
+        };
+        self.device.call("a training step", work).await.map_err(RankError::us)?
+    }
+}

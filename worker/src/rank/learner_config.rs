@@ -1,0 +1,98 @@
+//! verl's settings as the learner's: the one place where the two meet.
+
+use agentfly_common::config::Config;
+use agentfly_common::config::{KlLossType, LossAggMode, LrSchedule};
+use agentfly_policy::learner::{Aggregation, KlBase, KlEstimator, LearnerConfig, MicroBatchLimit, Schedule};
+
+/// What a job's configuration says about learning.
+#[must_use]
+pub(super) fn learner_config(config: &Config, total_steps: u64) -> LearnerConfig {
+    let actor = &config.actor_rollout_ref.actor;
+    let optim = &actor.optim;
+    LearnerConfig {
+        lr: optim.lr,
+        lr_warmup_steps: Some(optim.warmup_steps(total_steps)),
+        lr_warmup_steps_ratio: optim.lr_warmup_steps_ratio,
+        lr_scheduler: match optim.lr_scheduler_type {
+            LrSchedule::Constant => Schedule::Constant,
+            LrSchedule::Cosine => Schedule::Cosine,
+        },
+        min_lr_ratio: optim.min_lr_ratio,
+        num_cycles: optim.num_cycles,
+        total_training_steps: total_steps,
+        weight_decay: optim.weight_decay,
+        betas: (optim.betas[0], optim.betas[1]),
+        grad_clip: actor.grad_clip,
+        clip_ratio: actor.clip_ratio,
+        clip_ratio_low: actor.clip_ratio_low,
+        clip_ratio_high: actor.clip_ratio_high,
+        clip_ratio_c: actor.clip_ratio_c,
+        loss_agg_mode: match actor.loss_agg_mode {
+            LossAggMode::TokenMean => Aggregation::TokenMean,
+            LossAggMode::SeqMeanTokenSum => Aggregation::SeqMeanTokenSum,
+            LossAggMode::SeqMeanTokenMean => Aggregation::SeqMeanTokenMean,
+            LossAggMode::SeqMeanTokenSumNorm => Aggregation::SeqMeanTokenSumNorm,
+        },
+        loss_scale_factor: actor.loss_scale_factor,
+        entropy_coeff: actor.entropy_coeff,
+        use_kl_loss: actor.use_kl_loss,
+        kl_loss_coef: actor.kl_loss_coef,
+        kl_loss_type: KlEstimator {
+            base: match actor.kl_loss_type {
+                KlLossType::Kl => KlBase::K1,
+                KlLossType::Abs => KlBase::Abs,
+                KlLossType::Mse => KlBase::K2,
+                KlLossType::LowVarKl => KlBase::K3,
+            },
+            straight_through: false,
+        },
+        ppo_epochs: actor.ppo_epochs,
+        micro_batch: match actor.ppo_micro_batch_size_per_gpu {
+            Some(rows) if !actor.use_dynamic_bsz => MicroBatchLimit::Rows(rows as usize),
+            _ => MicroBatchLimit::Tokens(actor.ppo_max_token_len_per_gpu as usize),
+        },
+        temperature: config.actor_rollout_ref.rollout.temperature,
+        ..LearnerConfig::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolved(overrides: &[&str]) -> Config {
+        let mut all = vec!["data.train_files=x.json".to_owned(), "actor_rollout_ref.model.path=m".to_owned()];
+        all.extend(overrides.iter().map(|o| (*o).to_owned()));
+        agentfly_common::config::resolve(&all, None, []).unwrap().config
+    }
+
+    #[test]
+    fn every_setting_of_the_guide_reaches_the_learner() {
+        let config = resolved(&[
+            "actor_rollout_ref.actor.optim.lr=3e-4",
+            "actor_rollout_ref.actor.use_kl_loss=True",
+            "actor_rollout_ref.actor.kl_loss_type=mse",
+            "actor_rollout_ref.actor.kl_loss_coef=0.01",
+            "actor_rollout_ref.actor.entropy_coeff=0.002",
+            "actor_rollout_ref.actor.clip_ratio_high=0.28",
+            "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio=0.1",
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+            "actor_rollout_ref.rollout.temperature=0.8",
+        ]);
+        let learner = learner_config(&config, 40);
+        assert_eq!(learner.lr, 3e-4);
+        assert!(learner.use_kl_loss);
+        assert_eq!(learner.kl_loss_type, KlEstimator { base: KlBase::K2, straight_through: false });
+        assert_eq!((learner.kl_loss_coef, learner.entropy_coeff), (0.01, 0.002));
+        assert_eq!(learner.clip_ratio_high, Some(0.28));
+        assert_eq!((learner.lr_warmup_steps, learner.total_training_steps), (Some(4), 40));
+        assert_eq!(learner.micro_batch, MicroBatchLimit::Rows(4));
+        assert_eq!(learner.temperature, 0.8);
+    }
+
+    #[test]
+    fn without_a_size_micro_batches_follow_a_token_budget() {
+        let learner = learner_config(&resolved(&[]), 1);
+        assert_eq!(learner.micro_batch, MicroBatchLimit::Tokens(4096));
+    }
+}

@@ -1,0 +1,256 @@
+//! A rank's life: one device, one job. It dials the coordinator, does what its session says, and ends.
+//!
+//! Started by the node as `worker rank …`. Invariants:
+//! - **R1** it samples only under the policy version it was told and holds;
+//! - **R2** its weights' hash is sent for every policy version before it samples with it;
+//! - **R3** a failure is sent to the coordinator, with its owner, before the process ends;
+//! - **R4** it never outlives its node.
+
+mod activity;
+mod checkpoint;
+mod generator;
+mod job;
+mod learner_config;
+mod python;
+mod rollout;
+mod setup;
+mod train;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use agentfly_common::error::Whose;
+use agentfly_proto::v1::{
+    Fault, FormGroup, RankCommand, RankHeartbeat, RankHello, RankId, RankMessage,
+    rank_command::Kind as Command, rank_message::Kind as Say,
+};
+use anyhow::anyhow;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::ReceiverStream;
+
+use crate::connection::Connection;
+pub use activity::Activity;
+pub use job::Job;
+pub use setup::{Address, DeviceName};
+
+/// Messages waiting to be sent to the coordinator.
+const OUTBOX: usize = 256;
+/// How often the rank says that it lives.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How long a last message may take to leave.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// How a rank is started.
+#[derive(Debug, Clone)]
+pub struct RankOptions {
+    /// The coordinator, `host:port`.
+    pub coordinator: String,
+    /// What calls must carry.
+    pub token: String,
+    /// Who it is.
+    pub id: RankId,
+    /// The device it owns.
+    pub device: DeviceName,
+    /// CPU threads for tensor operations.
+    pub threads: u32,
+    /// Where other ranks reach it.
+    pub address: Address,
+}
+
+/// The way to the coordinator: cheap to clone, held by everything that reports.
+#[derive(Clone)]
+pub struct Reporter {
+    /// Messages of the session.
+    outbox: mpsc::Sender<RankMessage>,
+    /// For trajectories and shards.
+    pub connection: Connection,
+    /// Who speaks.
+    pub id: RankId,
+    /// What is being done.
+    pub activity: Activity,
+}
+
+impl Reporter {
+    /// Queues a message; waits while the session is slow.
+    ///
+    /// # Errors
+    /// When the session is gone.
+    pub async fn say(&self, kind: Say) -> anyhow::Result<()> {
+        self.outbox.send(RankMessage { kind: Some(kind) }).await.map_err(|_| {
+            anyhow!("the session with the coordinator at {} is closed", self.connection.address())
+        })
+    }
+}
+
+/// An error and who must act; the way every failure of a rank's work is reported.
+#[derive(Debug, thiserror::Error)]
+#[error("{cause:#}")]
+pub struct RankError {
+    /// Who must act.
+    pub whose: Whose,
+    /// What happened, the whole chain of causes (it is in the text, so it is no `source` of its own).
+    pub cause: anyhow::Error,
+}
+
+impl RankError {
+    /// Of settings, data, disks.
+    pub fn operator(cause: impl Into<anyhow::Error>) -> Self {
+        Self { whose: Whose::Operator, cause: cause.into() }
+    }
+
+    /// Of networks and other machines.
+    pub fn outside(cause: impl Into<anyhow::Error>) -> Self {
+        Self { whose: Whose::Outside, cause: cause.into() }
+    }
+
+    /// Of this program.
+    pub fn us(cause: impl Into<anyhow::Error>) -> Self {
+        Self { whose: Whose::Us, cause: cause.into() }
+    }
+}
+
+/// Runs the rank until its session ends.
+///
+/// # Errors
+/// What made it fail; it was reported to the coordinator if that was possible.
+pub async fn run(options: RankOptions) -> anyhow::Result<()> {
+    let connection = Connection::dial(&options.coordinator, &options.token).await?;
+    let (outbox, messages) = mpsc::channel(OUTBOX);
+    let activity = Activity::new("joining");
+    let reporter = Reporter { outbox, connection, id: options.id.clone(), activity };
+    let hello = RankHello { rank: Some(options.id.clone()), pid: std::process::id() };
+    reporter.say(Say::Hello(hello)).await?;
+    let mut commands = reporter
+        .connection
+        .cluster()
+        .rank_session(ReceiverStream::new(messages))
+        .await
+        .map_err(|status| anyhow!("the coordinator refused this rank: {}", status.message()))?
+        .into_inner();
+    let beats = tokio::spawn(heartbeat(reporter.clone()));
+    let ended = tokio::select! {
+        ended = obey(&mut commands, &options, &reporter) => ended,
+        signal = agentfly_common::shutdown::stop_signal() => signal
+            .map(|name| tracing::info!(name, "told to stop"))
+            .map_err(RankError::us),
+    };
+    if let Err(error) = &ended {
+        tracing::error!(error = format!("{error:#}"), "this rank fails");
+        let fault = Fault {
+            whose: agentfly_proto::v1::Whose::from(error.whose).into(),
+            message: format!("{error:#}"),
+        };
+        if reporter.say(Say::Failed(fault)).await.is_ok() {
+            // The coordinator answers a failure by ending the session: that is the receipt.
+            let _ = tokio::time::timeout(FAREWELL, commands.message()).await;
+        }
+    }
+    beats.abort();
+    ended.map_err(anyhow::Error::from)
+}
+
+/// What a piece of work leaves behind.
+enum Done {
+    /// A prepared (or grouped) job.
+    Job(Box<Job>),
+    /// Only what was reported.
+    Reported,
+}
+
+/// Does what the session says. Work runs beside the session, so that Stop is heard at any time; the
+/// coordinator overlaps nothing but rollout shards.
+async fn obey(
+    commands: &mut tonic::Streaming<RankCommand>,
+    options: &RankOptions,
+    reporter: &Reporter,
+) -> Result<(), RankError> {
+    let mut job: Option<Arc<Job>> = None;
+    let mut form_group: Option<FormGroup> = None; // it may come while this rank still loads
+    let mut work: JoinSet<Result<Done, RankError>> = JoinSet::new();
+    loop {
+        tokio::select! {
+            message = commands.message() => {
+                let message = message.map_err(|status| {
+                    RankError::outside(anyhow!("the session with the coordinator broke: {}", status.message()))
+                })?;
+                match message.and_then(|m| m.kind) {
+                    None => return Err(RankError::outside(anyhow!("the coordinator closed the session"))),
+                    Some(Command::Stop(stop)) => {
+                        tracing::info!(why = stop.why, "told to stop");
+                        return Ok(());
+                    }
+                    Some(Command::FormGroup(form)) if job.is_none() => form_group = Some(form),
+                    Some(command) => begin(command, job.as_ref(), &mut work, options, reporter)?,
+                }
+            }
+            Some(done) = work.join_next() => match done.map_err(|e| RankError::us(anyhow!("a task broke: {e}")))?? {
+                Done::Job(prepared) => {
+                    job = Some(Arc::new(*prepared));
+                    if let Some(form) = form_group.take() {
+                        begin(Command::FormGroup(form), job.as_ref(), &mut work, options, reporter)?;
+                    }
+                }
+                Done::Reported => {}
+            },
+        }
+        if work.is_empty() {
+            reporter.activity.set("waiting for the coordinator");
+        }
+    }
+}
+
+/// Starts the work of one command.
+fn begin(
+    command: Command,
+    job: Option<&Arc<Job>>,
+    work: &mut JoinSet<Result<Done, RankError>>,
+    options: &RankOptions,
+    reporter: &Reporter,
+) -> Result<(), RankError> {
+    let reporter = reporter.clone();
+    let held = job.cloned();
+    let prepared = || held.ok_or_else(|| RankError::us(anyhow!("a command came before Prepare was done")));
+    match command {
+        Command::Prepare(prepare) => {
+            let options = options.clone();
+            work.spawn(async move {
+                Ok(Done::Job(Box::new(setup::prepare(&options, &reporter, prepare).await?)))
+            });
+        }
+        Command::FormGroup(form) => {
+            let job = prepared()?;
+            work.spawn(
+                async move { setup::form_group(&job, &reporter, form).await.map(|()| Done::Reported) },
+            );
+        }
+        Command::RunRollout(rollout) => {
+            let job = prepared()?;
+            work.spawn(async move { rollout::run(job, reporter, rollout).await.map(|()| Done::Reported) });
+        }
+        Command::RunTrain(train) => {
+            let job = prepared()?;
+            work.spawn(async move { train::run(&job, &reporter, train).await.map(|()| Done::Reported) });
+        }
+        Command::WriteCheckpoint(write) => {
+            let job = prepared()?;
+            work.spawn(
+                async move { checkpoint::write(&job, &reporter, write).await.map(|()| Done::Reported) },
+            );
+        }
+        Command::Stop(_) => {}
+    }
+    Ok(())
+}
+
+/// Says that the rank lives and what it does, until the session is gone.
+async fn heartbeat(reporter: Reporter) {
+    let mut ticks = tokio::time::interval(HEARTBEAT);
+    loop {
+        ticks.tick().await;
+        let (activity, activity_seconds) = reporter.activity.get();
+        if reporter.say(Say::Heartbeat(RankHeartbeat { activity, activity_seconds })).await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! A rollout shard: every chain of its groups as a task, each trajectory uploaded as its chain ends.
+//!
+//! Generation, tools and rewards of different chains overlap; the engine batches whatever generates at the
+//! same time. A chain that would fail the same way again fails the shard; a fault of the machinery travels
+//! to the coordinator as such, which asks again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use agentfly_agent::chain::{ChainError, ChainSpec, question_of, run_chain};
+use agentfly_common::ids::{ChainKey, PolicyVersion, Purpose};
+use agentfly_common::sampling::SamplingParams;
+use agentfly_common::trajectory::Trajectory;
+use agentfly_common::wire::chunks;
+use agentfly_proto::v1::{
+    self as pb, RolloutDone, RunRollout, UploadHeader, UploadPart, rank_message::Kind as Say, upload_part,
+};
+use anyhow::{Context as _, anyhow};
+use backon::{ExponentialBuilder, Retryable as _};
+use prost::Message as _;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::{Job, RankError, Reporter};
+
+/// Tries of one upload; the coordinator takes the same chain twice without harm.
+const UPLOAD_TRIES: usize = 4;
+/// How long the coordinator may take to accept one trajectory.
+const UPLOAD_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Runs a shard to its end and reports it.
+pub(super) async fn run(job: Arc<Job>, reporter: Reporter, shard: RunRollout) -> Result<(), RankError> {
+    let started = Instant::now();
+    let purpose = Purpose::try_from(shard.purpose()).map_err(RankError::us)?;
+    let version = PolicyVersion(shard.policy_version);
+    job.check_version(version).await?;
+    let chains = chain_specs(&job, &shard, purpose, version)?;
+    let total = chains.len();
+    reporter.activity.set(format!("rollout of step {}: 0 of {total} chains", shard.step));
+    let limit = job.config.agent.max_concurrent_chains.map_or(Semaphore::MAX_PERMITS, |n| n as usize);
+    let permits = Arc::new(Semaphore::new(limit));
+    let mut running = JoinSet::new();
+    for spec in chains {
+        let (job, reporter, permits) = (job.clone(), reporter.clone(), permits.clone());
+        let shard_id = shard.shard_id;
+        running.spawn(async move {
+            let _permit =
+                permits.acquire().await.context("the semaphore is never closed").map_err(RankError::us)?;
+            let trajectory = run_chain(&spec, &job.chain_deps).await.map_err(chain_error)?;
+            upload(&reporter, shard_id, &trajectory).await?;
+            Ok::<_, RankError>((trajectory.sampled_tokens(), trajectory.timings.generate_seconds))
+        });
+    }
+    let (mut done, mut sampled_tokens) = (0, 0);
+    while let Some(finished) = running.join_next().await {
+        let (tokens, _) = finished.map_err(|e| RankError::us(anyhow!("a chain's task broke: {e}")))??;
+        done += 1;
+        sampled_tokens += tokens;
+        reporter.activity.set(format!("rollout of step {}: {done} of {total} chains", shard.step));
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    let metrics = [
+        ("rollout/seconds".to_owned(), seconds),
+        ("rollout/sampled_tokens".to_owned(), sampled_tokens as f64),
+        ("rollout/chains".to_owned(), total as f64),
+    ];
+    reporter
+        .say(Say::RolloutDone(RolloutDone {
+            shard_id: shard.shard_id,
+            metrics: metrics.into_iter().collect(),
+        }))
+        .await
+        .map_err(RankError::outside)
+}
+
+/// One spec per chain of the shard.
+fn chain_specs(
+    job: &Job,
+    shard: &RunRollout,
+    purpose: Purpose,
+    policy_version: PolicyVersion,
+) -> Result<Vec<ChainSpec>, RankError> {
+    let sampling = job.sampling(purpose);
+    let time_limit = Duration::from_secs(job.config.trainer.chain_timeout_seconds)
+        .min(Duration::from_secs_f64(shard.deadline_seconds.max(1.0)));
+    let mut specs = Vec::new();
+    for group in &shard.groups {
+        let row: Arc<serde_json::Map<String, serde_json::Value>> = Arc::new(
+            serde_json::from_str(&group.row_json)
+                .with_context(|| format!("row {} is not a JSON object", group.prompt_id))
+                .map_err(RankError::us)?,
+        );
+        let question = question_of(&group.prompt_id, &row).map_err(RankError::operator)?.to_owned();
+        specs.extend((0..shard.chains).map(|chain| ChainSpec {
+            key: ChainKey { purpose, step: shard.step, group: group.index, chain },
+            prompt_id: group.prompt_id.clone(),
+            question: question.clone(),
+            row: row.clone(),
+            policy_version,
+            seed: job.seed,
+            max_turns: job.config.agent.max_turns,
+            max_model_len: Some(job.window),
+            sampling: SamplingParams::clone(&sampling),
+            time_limit,
+        }));
+    }
+    Ok(specs)
+}
+
+fn chain_error(error: ChainError) -> RankError {
+    match error {
+        ChainError::Reward { .. } | ChainError::Template { .. } => RankError::operator(error),
+        ChainError::Tokenizer { .. } | ChainError::Broken(_) => RankError::us(error),
+    }
+}
+
+/// Sends one trajectory, again if the way breaks, and waits until it is taken.
+async fn upload(reporter: &Reporter, shard_id: u64, trajectory: &Trajectory) -> Result<(), RankError> {
+    let encoded = pb::Trajectory::from(trajectory).encode_to_vec();
+    let send = || async {
+        let header = UploadHeader { rank: Some(reporter.id.clone()), shard_id };
+        let parts = std::iter::once(upload_part::Kind::Header(header))
+            .chain(chunks(encoded.clone()).map(upload_part::Kind::Chunk))
+            .map(|kind| UploadPart { kind: Some(kind) });
+        let call = reporter.connection.trajectories();
+        let stream = futures::stream::iter(parts.collect::<Vec<_>>());
+        let mut client = call;
+        match tokio::time::timeout(UPLOAD_DEADLINE, client.upload(stream)).await {
+            Ok(answer) => answer.map(|_| ()),
+            Err(_) => {
+                Err(tonic::Status::deadline_exceeded("the coordinator did not take the trajectory in time"))
+            }
+        }
+    };
+    let worth_another_try = |status: &tonic::Status| {
+        matches!(
+            status.code(),
+            tonic::Code::Unavailable | tonic::Code::DeadlineExceeded | tonic::Code::Unknown
+        )
+    };
+    send.retry(ExponentialBuilder::default().with_max_times(UPLOAD_TRIES))
+        .when(worth_another_try)
+        .await
+        .map_err(|status| {
+            RankError::outside(anyhow!("uploading {} failed: {}", trajectory.key, status.message()))
+        })
+}

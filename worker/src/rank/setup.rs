@@ -1,0 +1,249 @@
+//! Preparing a job: model, tokenizer, template, tools, reward, and the collective group.
+//!
+//! Everything that can be wrong with the user's files or settings is found here, before the first chain.
+
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use agentfly_agent::agents::agent;
+use agentfly_agent::chain::ChainDeps;
+use agentfly_agent::rewards::reward;
+use agentfly_agent::template::ChatTemplate;
+use agentfly_agent::tokenizer::ChatTokenizer;
+use agentfly_agent::tools::{PythonRunner, ToolSet};
+use agentfly_c10d::{Group, Store};
+use agentfly_common::config::Config;
+use agentfly_common::config::Dtype as DtypeChoice;
+use agentfly_common::ids::PolicyVersion;
+use agentfly_common::seed::JobSeed;
+use agentfly_policy::device::{Device, DeviceHandle};
+use agentfly_policy::engine::{Engine, EngineConfig};
+use agentfly_policy::learner::Learner;
+use agentfly_policy::model::ModelConfig;
+use agentfly_policy::placement::{Dtype, Place, open, set_up};
+use agentfly_proto::v1::{FormGroup, Prepare, Ready, StoreOpened, rank_message::Kind as Say};
+use anyhow::{Context as _, anyhow};
+
+use super::generator::EngineGenerator;
+use super::job::{Job, LearnerSeat};
+use super::learner_config::learner_config;
+use super::python::SandboxPython;
+use super::train::learner_error;
+use super::{RankError, RankOptions, Reporter};
+
+/// Folder of the model inside a checkpoint, in Hugging Face layout.
+pub(super) const MODEL_DIR: &str = "huggingface";
+/// How long rank 0's rendezvous store may take to open or to be reached.
+const STORE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// A rank's KV cache may take one part in this many of the node's memory.
+const KV_CACHE_SHARE: u64 = 8;
+/// Fewer chains at a time than this would waste the device.
+const MIN_SLOTS: usize = 4;
+/// Tokens of one prefill pass.
+const PREFILL_TOKENS: usize = 4096;
+
+/// A device by name: `cpu:0`, `cuda:3`.
+#[derive(Debug, Clone, Copy)]
+pub struct DeviceName(pub Place);
+
+impl FromStr for DeviceName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.parse().map(Self).map_err(|e: agentfly_policy::placement::UnknownPlace| e.to_string())
+    }
+}
+
+/// An address other ranks can reach this one at.
+#[derive(Debug, Clone)]
+pub struct Address(pub String);
+
+/// Loads everything; reports Ready at once where there is no group to form.
+pub(super) async fn prepare(
+    options: &RankOptions,
+    reporter: &Reporter,
+    prepare: Prepare,
+) -> Result<Job, RankError> {
+    reporter.activity.set("reading the configuration");
+    let config: Config = serde_json::from_str(&prepare.config_json)
+        .context("the job's configuration does not fit this worker's version")
+        .map_err(RankError::us)?;
+    let resume_dir = (!prepare.resume_dir.is_empty()).then(|| Path::new(&prepare.resume_dir).to_path_buf());
+    // Also on resume the weights of the start are loaded first: they are the frozen reference.
+    let model_dir = config.actor_rollout_ref.model.path.clone();
+
+    reporter.activity.set(format!("loading {}", model_dir.display()));
+    let (device, window) =
+        start_device(options, &config, &model_dir, PolicyVersion(prepare.policy_version)).await?;
+
+    reporter.activity.set("starting the sandbox, the tools and the reward");
+    let tokenizer = Arc::new(ChatTokenizer::from_dir(&model_dir).map_err(RankError::operator)?);
+    let chain_deps = chain_deps(options, &config, &device, &tokenizer).await?;
+    let job = Job {
+        seed: JobSeed(prepare.seed),
+        window,
+        chain_deps,
+        rank: options.id.rank,
+        world_size: prepare.world_size,
+        total_steps: prepare.total_steps,
+        model_dir,
+        resume_dir,
+        stop_ids: tokenizer.stop_ids(),
+        address: options.address.0.clone(),
+        device,
+        store: Mutex::new(None),
+        config,
+    };
+    if job.world_size == 1 {
+        take_seat(&job, reporter, None).await?;
+    } else if job.rank == 0 {
+        open_store(&job, reporter).await?;
+    }
+    Ok(job)
+}
+
+/// The device thread with the model on it, and the most tokens a chain may have.
+async fn start_device(
+    options: &RankOptions,
+    config: &Config,
+    model_dir: &Path,
+    policy_version: PolicyVersion,
+) -> Result<(DeviceHandle<LearnerSeat>, u32), RankError> {
+    let (place, threads) = (options.device.0, options.threads);
+    let rollout = &config.actor_rollout_ref.rollout;
+    let dtype = match rollout.dtype {
+        DtypeChoice::Auto => Dtype::Auto,
+        DtypeChoice::Float32 => Dtype::F32,
+        DtypeChoice::Bfloat16 => Dtype::Bf16,
+    };
+    let (dir, window, slots) = (model_dir.to_path_buf(), rollout.max_model_len, rollout.max_num_seqs);
+    let make = move || {
+        set_up(threads, place)?;
+        let decoder = open(&dir, dtype, place)?;
+        let trained = u32::try_from(decoder.config().max_position_embeddings).unwrap_or(u32::MAX);
+        let window = window.unwrap_or(trained).min(trained);
+        let limits = engine_config(decoder.config(), slots as usize, window as usize);
+        tracing::info!(slots = limits.max_slots, window, "KV cache planned");
+        let engine = Engine::new(limits, decoder.config());
+        Ok(Device { decoder, engine, policy_version, extra: (None, window) })
+    };
+    let device = DeviceHandle::start(make).await.map_err(RankError::operator)?;
+    let window = device.call("reading the window", |device| device.extra.1).await.map_err(RankError::us)?;
+    Ok((device, window))
+}
+
+/// As many slots as asked for, within the memory that a KV cache may take when every chain fills its window.
+fn engine_config(model: &ModelConfig, slots: usize, window: usize) -> EngineConfig {
+    let mut system = sysinfo::System::new();
+    system.refresh_memory();
+    let budget_bytes = system.total_memory() / KV_CACHE_SHARE;
+    let numbers = model.layers * 2 * model.kv_heads * model.head_dim;
+    let slot_bytes = u64::try_from(numbers).unwrap_or(u64::MAX).saturating_mul(4 * window as u64).max(1);
+    let fitting = usize::try_from(budget_bytes / slot_bytes).unwrap_or(usize::MAX).max(MIN_SLOTS);
+    EngineConfig {
+        max_slots: slots.min(fitting),
+        max_tokens_per_chain: window,
+        max_prefill_tokens: PREFILL_TOKENS,
+    }
+}
+
+async fn chain_deps(
+    options: &RankOptions,
+    config: &Config,
+    device: &DeviceHandle<LearnerSeat>,
+    tokenizer: &Arc<ChatTokenizer>,
+) -> Result<ChainDeps, RankError> {
+    let template = ChatTemplate::new(config.agent.template.as_deref(), tokenizer.clone());
+    let (sandbox_config, threads) = (config.clone(), options.threads);
+    let python = tokio::task::spawn_blocking(move || SandboxPython::start(&sandbox_config, threads))
+        .await
+        .map_err(|e| RankError::us(anyhow!("starting the sandbox broke: {e}")))?
+        .map_err(RankError::operator)?;
+    let python: Arc<dyn PythonRunner> = Arc::new(python);
+    Ok(ChainDeps {
+        generator: Arc::new(EngineGenerator(device.clone())),
+        template: Arc::new(template.map_err(RankError::operator)?),
+        agent: agent(config.agent.agent_type.as_str()).map_err(RankError::operator)?,
+        tools: ToolSet::by_names(&config.agent.tools, &python).map_err(RankError::operator)?,
+        reward: Some(reward(&config.agent.reward_name, &python).map_err(RankError::operator)?),
+        system_prompt: config.agent.system_prompt.clone(),
+    })
+}
+
+/// Rank 0 opens the rendezvous store, on any free port, and says where.
+async fn open_store(job: &Job, reporter: &Reporter) -> Result<(), RankError> {
+    reporter.activity.set("opening the rendezvous store");
+    let (store, port) = Store::serve(&job.address, 0, STORE_DEADLINE).map_err(RankError::outside)?;
+    *job.store.lock().unwrap_or_else(PoisonError::into_inner) = Some(store);
+    let opened = StoreOpened { host: job.address.clone(), port: u32::from(port) };
+    reporter.say(Say::StoreOpened(opened)).await.map_err(RankError::outside)
+}
+
+/// Joins the group of this generation and reports Ready.
+pub(super) async fn form_group(job: &Job, reporter: &Reporter, form: FormGroup) -> Result<(), RankError> {
+    reporter.activity.set("forming the collective group");
+    let port = u16::try_from(form.port)
+        .with_context(|| format!("{} is not a port", form.port))
+        .map_err(RankError::us)?;
+    let seat = Seat {
+        host: form.host,
+        port,
+        prefix: format!("generation-{}", form.generation),
+        rank: job.rank as usize,
+        size: job.world_size as usize,
+        bind: job.address.clone(),
+        timeout: job.config.actor_rollout_ref.collective_timeout(),
+    };
+    take_seat(job, reporter, Some(seat)).await
+}
+
+/// A place in a collective group.
+struct Seat {
+    host: String,
+    port: u16,
+    prefix: String,
+    rank: usize,
+    size: usize,
+    bind: String,
+    timeout: Duration,
+}
+
+impl Seat {
+    fn join(&self) -> agentfly_c10d::Result<Group> {
+        let store = Store::connect(&self.host, self.port, STORE_DEADLINE)?.with_prefix(&self.prefix)?;
+        Group::gloo(&store, self.rank, self.size, &self.bind, self.timeout)
+    }
+}
+
+/// Makes the learner, in its group if there is one, and attests the weights.
+async fn take_seat(job: &Job, reporter: &Reporter, seat: Option<Seat>) -> Result<(), RankError> {
+    let config = learner_config(&job.config, job.total_steps);
+    let resume = job.resume_dir.clone();
+    let work = move |device: &mut Device<LearnerSeat>| {
+        let group = seat.map(|seat| seat.join()).transpose().map_err(RankError::outside)?;
+        let reference = config.use_kl_loss;
+        let mut learner = Learner::new(config, &device.decoder, reference, group).map_err(learner_error)?;
+        if let Some(dir) = resume {
+            learner.load(&dir, &mut device.decoder).map_err(RankError::operator)?;
+            device.engine.forget_weights();
+        }
+        let (held, told) = (learner.policy_version(), device.policy_version);
+        if held != told {
+            return Err(RankError::operator(anyhow!(
+                "the checkpoint's weights are policy version {held}, but its manifest says {told}"
+            )));
+        }
+        device.extra.0 = Some(learner);
+        let hash = device.decoder.weights_hash().map_err(RankError::us)?;
+        Ok((device.policy_version, hash))
+    };
+    let (version, weights_hash) =
+        job.device.call("joining the collective group", work).await.map_err(RankError::us)??;
+    reporter
+        .say(Say::Ready(Ready { policy_version: version.0, weights_hash }))
+        .await
+        .map_err(RankError::outside)
+}
