@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Every test: cargo-nextest where it is installed, cargo test elsewhere; the programs they start are built first.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+cargo build --locked -p agentfly-coordinator -p agentfly-worker
+if cargo nextest --version >/dev/null 2>&1; then
+  exec cargo nextest run --workspace --locked --no-fail-fast
+fi
+echo "cargo-nextest is not installed: using cargo test (the same tests, one program after the other)"
+exec cargo test --workspace --locked --no-fail-fast --lib --bins --tests

@@ -1,0 +1,120 @@
+//! The programs as a user runs them: `coordinator` and `worker` as processes, in a folder of their own.
+
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use tokio::process::Command;
+
+use crate::tree::root;
+
+/// A folder with its own runtime directory, so that tests never see each other's heads.
+pub struct Playground {
+    dir: tempfile::TempDir,
+}
+
+impl Playground {
+    /// A new, empty one.
+    ///
+    /// # Errors
+    /// When no temporary folder can be made, or the programs were not built.
+    pub fn new() -> anyhow::Result<Self> {
+        for name in ["coordinator", "worker"] {
+            let path = program(name);
+            anyhow::ensure!(path.exists(), "{} is missing: run `make test`, which builds it", path.display());
+        }
+        let dir = tempfile::Builder::new().prefix("agentfly-test-").tempdir()?;
+        std::fs::create_dir(dir.path().join("runtime"))?;
+        Ok(Self { dir })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// A program, not yet started: in this folder, with this runtime directory.
+    #[must_use]
+    pub fn command(&self, name: &str, args: &[&str]) -> Command {
+        let mut command = Command::new(program(name));
+        command
+            .args(args)
+            .current_dir(self.path())
+            .env("AGENTFLY_RUNTIME_DIR", self.path().join("runtime"))
+            .env("AGENTFLY_SANDBOX_PYTHON", root().join("third_party/sandbox-venv/bin/python"))
+            .env("OMP_NUM_THREADS", "1")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        command
+    }
+
+    /// Runs a program to its end.
+    ///
+    /// # Errors
+    /// When it does not end within `deadline`; what it printed by then is lost with it.
+    pub async fn run(&self, name: &str, args: &[&str], deadline: Duration) -> anyhow::Result<Ran> {
+        let output = tokio::time::timeout(deadline, self.command(name, args).output())
+            .await
+            .with_context(|| format!("`{name} {}` did not end within {deadline:?}", args.join(" ")))??;
+        Ok(Ran::from(output))
+    }
+
+    /// Runs a program that must succeed, and gives what it printed.
+    ///
+    /// # Errors
+    /// When it fails or does not end in time; with everything it said.
+    pub async fn succeed(&self, name: &str, args: &[&str], deadline: Duration) -> anyhow::Result<Ran> {
+        let ran = self.run(name, args, deadline).await?;
+        if ran.code != Some(0) {
+            bail!("`{name} {}` ended with {:?}:\n{}\n{}", args.join(" "), ran.code, ran.stdout, ran.stderr);
+        }
+        Ok(ran)
+    }
+}
+
+/// A program that ended.
+#[derive(Debug)]
+pub struct Ran {
+    /// Its exit code; `None` when a signal ended it.
+    pub code: Option<i32>,
+    /// What it printed.
+    pub stdout: String,
+    /// What it complained of.
+    pub stderr: String,
+}
+
+impl From<Output> for Ran {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+/// A program of this build: beside the test's own `deps` folder.
+#[must_use]
+pub fn program(name: &str) -> PathBuf {
+    let own = std::env::current_exe().unwrap_or_default();
+    let profile = own.parent().and_then(Path::parent).map(Path::to_path_buf).unwrap_or_default();
+    profile.join(name)
+}
+
+/// The ids of this machine's processes whose command line contains `needle`.
+#[must_use]
+pub fn processes_naming(needle: &str) -> Vec<u32> {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.flatten().filter_map(|e| e.file_name().to_string_lossy().parse::<u32>().ok());
+    pids.filter(|pid| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let holds = |bytes: &[u8]| String::from_utf8_lossy(bytes).contains(needle);
+        *pid != std::process::id() && (holds(&line) || holds(&environment))
+    })
+    .collect()
+}

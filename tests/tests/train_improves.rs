@@ -1,0 +1,94 @@
+//! The main job, whole: from a JSON file of questions to a better model, through real processes; then a
+//! resume, a score of the checkpoint from outside, and what the run left for people.
+
+use std::io::Write as _;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use agentfly_tests::cluster::{Playground, processes_naming};
+use agentfly_tests::job::{json, json_lines, settings};
+use serde_json::Value;
+
+/// Generous: a loaded machine of two cores.
+const LONG: Duration = Duration::from_secs(540);
+
+fn number(summary: &Value, field: &str) -> f64 {
+    summary[field].as_f64().unwrap_or_else(|| panic!("{field} is no number in {summary}"))
+}
+
+async fn train(playground: &Playground, more: &[&str]) -> String {
+    let all = settings(more);
+    let args: Vec<&str> = all.iter().map(String::as_str).collect();
+    playground.succeed("coordinator", &args, LONG).await.unwrap().stdout
+}
+
+#[tokio::test]
+async fn a_job_makes_the_model_better_and_resumes() {
+    let playground = Playground::new().unwrap();
+    let run = playground.path().join("runs/test/run");
+    let val = "data.val_max_samples=64";
+    train(&playground, &["trainer.total_training_steps=14", val]).await;
+
+    let summary = json(&run.join("summary.json")).unwrap();
+    let (before, after) = (number(&summary, "val_before"), number(&summary, "val_after"));
+    assert!(after >= before + 0.1, "validation accuracy went from {before} to {after}");
+    assert_eq!(summary["steps"], 14);
+    let metrics = json_lines(&run.join("metrics.jsonl")).unwrap();
+    let steps = metrics.iter().filter(|line| line.get("critic/score/mean").is_some());
+    assert_eq!(steps.count(), 14);
+    let gap = |line: &Value| line.get("training/rollout_probs_diff_max").and_then(Value::as_f64);
+    let gaps: Vec<f64> = metrics.iter().filter_map(gap).collect();
+    assert_eq!(gaps.len(), 14);
+    assert!(gaps.iter().all(|gap| *gap < 1e-3), "rollout and learner disagree: {gaps:?}");
+    assert!(std::fs::read_to_string(run.join("reward_curve.svg")).unwrap().contains("<svg"));
+    for name in
+        ["config.json", "trajectories/step_000014.jsonl.zst", "trajectories/val_step_000000.jsonl.zst"]
+    {
+        assert!(run.join(name).exists(), "{name} is missing");
+    }
+    let checkpoint = Path::new(summary["checkpoint_path"].as_str().unwrap()).to_path_buf();
+    assert_scores(&playground, &checkpoint.join("huggingface")).await;
+
+    let said = train(&playground, &["trainer.total_training_steps=15", val]).await;
+    assert!(said.contains("14"), "the resume was not announced: {said}");
+    let resumed = json(&run.join("summary.json")).unwrap();
+    assert_eq!((resumed["steps"].as_u64(), resumed["resumed_after_step"].as_u64()), (Some(15), Some(14)));
+    assert_nothing_runs(&playground);
+}
+
+/// `worker score` reads the checkpoint and gives log-probs: none for the first id, then numbers ≤ 0.
+async fn assert_scores(playground: &Playground, model: &Path) {
+    let model = model.display().to_string();
+    let mut scorer = playground.command("worker", &["score", "--model", &model]);
+    let child = scorer.stdin(Stdio::from(line_of("{\"ids\":[5,9,200,17]}\n"))).output();
+    let output = tokio::time::timeout(Duration::from_secs(60), child).await.unwrap().unwrap();
+    let scored: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let log_probs = scored["logprobs"].as_array().unwrap();
+    assert_eq!((log_probs.len(), &log_probs[0]), (4, &Value::Null));
+    assert!(log_probs[1..].iter().all(|l| l.as_f64().is_some_and(|l| l.is_finite() && l <= 0.0)), "{scored}");
+}
+
+fn line_of(text: &str) -> std::fs::File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    std::io::Seek::rewind(&mut file).unwrap();
+    file
+}
+
+/// No process of the playground is left.
+fn assert_nothing_runs(playground: &Playground) {
+    let left = processes_naming(&playground.path().display().to_string());
+    assert!(left.is_empty(), "still running: {left:?}");
+}
+
+#[tokio::test]
+async fn with_a_learning_rate_of_zero_nothing_is_learned() {
+    let playground = Playground::new().unwrap();
+    let more =
+        ["actor_rollout_ref.actor.optim.lr=0", "trainer.total_training_steps=3", "data.val_max_samples=64"];
+    train(&playground, &more).await;
+    let summary = json(&playground.path().join("runs/test/run/summary.json")).unwrap();
+    assert_eq!(number(&summary, "val_before"), number(&summary, "val_after"));
+    assert_nothing_runs(&playground);
+}
