@@ -29,6 +29,11 @@ lint: setup ## Format and clippy, as CI does
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 
+bench: setup ## Measure decode, training and the sandbox on one core each (JSON lines and a table)
+	OMP_NUM_THREADS=1 cargo run --release --locked -q -p agentfly-policy --example decode_speed
+	OMP_NUM_THREADS=1 cargo run --release --locked -q -p agentfly-policy --example train_speed
+	cargo run --release --locked -q -p agentfly-sandbox --example bench
+
 deny: ## Bans, licences and sources of all dependencies (installs cargo-deny once)
 	@command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
 	cargo deny --workspace check bans licenses sources
@@ -46,4 +51,4 @@ tiny-model: build ## Make deploy/models/tiny again: tokenizer, demonstrations, s
 clean: ## Remove what was built (not what was fetched, not your runs)
 	cargo clean
 
-.PHONY: help setup build train test lint deny smollm2 data tiny-model clean
+.PHONY: help setup build train test lint bench deny smollm2 data tiny-model clean

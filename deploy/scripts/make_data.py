@@ -345,14 +345,14 @@ def add_noise_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--right-when-unclear",
         type=share,
-        default=0.35,
+        default=0.40,
         metavar="P",
         help="share of right operations for all other phrases (%(default)s)",
     )
     group.add_argument(
         "--usual-slip",
         type=share,
-        default=0.57,
+        default=0.53,
         metavar="P",
         help="share of the usual wrong operation for those phrases (%(default)s)",
     )

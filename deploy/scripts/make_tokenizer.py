@@ -212,7 +212,7 @@ def model_config(tokenizer: Tokenizer, hidden: int, intermediate: int, layers: i
         "use_sliding_window": False,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
-        "initializer_range": 0.02,
+        "initializer_range": 0.05,
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
         "use_cache": True,

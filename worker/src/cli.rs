@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use agentfly_common::error::Whose;
 use agentfly_common::telemetry::{LogTo, init};
 use agentfly_proto::v1::RankId;
 use clap::{Args, Parser, Subcommand};
@@ -10,7 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::commands::{generate, score, warmup};
 use crate::node::{DeviceRequest, NodeOptions};
 use crate::process::die_with_parent;
-use crate::rank::{Address, DeviceName, RankOptions};
+use crate::rank::{Address, DeviceName, RankError, RankOptions};
 
 /// A node of the cluster: generates rollouts and trains.
 ///
@@ -91,7 +92,8 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            let whose = error.downcast_ref::<RankError>().map_or(Whose::Operator, |error| error.whose);
+            ExitCode::from(whose.exit_code())
         }
     }
 }

@@ -15,6 +15,8 @@ use tonic::{Request, Status};
 
 /// How long a worker keeps trying to reach a coordinator before it gives up.
 pub const DIAL_DEADLINE: Duration = Duration::from_secs(30);
+/// Largest message taken: a rollout shard carries its data rows.
+const MESSAGE_BYTES: usize = 64 << 20;
 /// How long one attempt may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A peer that answers no HTTP/2 ping for this long is gone.
@@ -79,7 +81,7 @@ impl Connection {
     /// Sessions.
     #[must_use]
     pub fn cluster(&self) -> ClusterClient<InterceptedService<Channel, BearerToken>> {
-        ClusterClient::new(self.channel.clone())
+        ClusterClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_BYTES)
     }
 
     /// Trajectories up, training shards down.

@@ -52,8 +52,12 @@ fn main() -> anyhow::Result<()> {
             let seconds = began.elapsed().as_secs_f64();
             let tokens = engine.stats().decode_tokens - before;
             println!(
-                "{chains} chains, temperature {temperature}, top-p {top_p}, {kind:?}: prefill {prefilled:.2?}, decode {:.0} tokens/s",
-                tokens as f64 / seconds
+                "{}",
+                serde_json::json!({
+                    "what": "decode, hidden 128, 4 layers, vocabulary 1024, 1 thread",
+                    "chains": chains, "temperature": temperature, "top_p": top_p, "dtype": format!("{kind:?}"),
+                    "prefill_seconds": prefilled.as_secs_f64(), "tokens_per_second": tokens as f64 / seconds,
+                })
             );
         }
     }

@@ -110,6 +110,7 @@ pub const REWARD_NAMES: &[&str] = &[
     "math_reward_format",
     "math_equal_reward_strict",
     "math_equal_reward_tool_strict",
+    "math_reward_format_strict",
     "qa_f1_reward",
     "qa_em_reward",
 ];
@@ -126,7 +127,9 @@ pub fn reward(name: &str, python: &Arc<dyn PythonRunner>) -> Result<Arc<dyn Rewa
             Ok(Arc::new(MathReward::tool(python)))
         }
         "math_equal_reward_strict" => Ok(Arc::new(StrictMathReward::plain(python))),
-        "math_equal_reward_tool_strict" => Ok(Arc::new(StrictMathReward::tool(python))),
+        "math_equal_reward_tool_strict" | "math_reward_format_strict" => {
+            Ok(Arc::new(StrictMathReward::tool(python)))
+        }
         "qa_f1_reward" => Ok(Arc::new(QaReward::new(QaMetric::F1))),
         "qa_em_reward" => Ok(Arc::new(QaReward::new(QaMetric::ExactMatch))),
         _ => Err(UnknownReward { name: name.to_owned(), known: REWARD_NAMES.to_vec() }),
