@@ -4,21 +4,28 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 model=$1 steps=$2 seed=$3
-coordinator=target/release/coordinator
+coordinator=${COORDINATOR:-target/release/coordinator}
 
 case "$model" in
   tiny)
     path=deploy/models/tiny template=qwen-chat train=deploy/data/train.json val=deploy/data/val.json
-    settings=(data.train_batch_size=16 agent.num_chains=8 agent.max_steps=4 actor_rollout_ref.actor.optim.lr=1e-3)
+    # Two optimizer steps a training step: half of the 128 chains each.
+    settings=(data.train_batch_size=16 agent.num_chains=8 agent.max_steps=4 actor_rollout_ref.actor.optim.lr=3e-4
+      actor_rollout_ref.actor.ppo_mini_batch_size=64)
     ;;
   smollm2)
     deploy/scripts/setup_tools.sh
-    [ -f deploy/models/smollm2/config.json ] || third_party/tools-venv/bin/python deploy/scripts/convert_smollm2.py
-    path=deploy/models/smollm2 template=chatml
-    train=runs/data/chain_sum_train.json val=runs/data/chain_sum_val.json
+    tools=third_party/tools-venv/bin/python
+    [ -f deploy/models/smollm2/config.json ] || $tools deploy/scripts/convert_smollm2.py
     mkdir -p runs/data
-    [ -f "$train" ] || third_party/tools-venv/bin/python deploy/scripts/make_data.py --reasoning-gym chain_sum --count 500 --seed 1 --out "$train" --val-out "$val" --val-count 32
-    settings=(data.train_batch_size=4 agent.num_chains=4 agent.max_steps=3 actor_rollout_ref.actor.optim.lr=2e-6)
+    for split in train:500 val:32; do
+      file=runs/data/chain_sum_${split%:*}.json
+      [ -f "$file" ] || $tools deploy/scripts/make_data.py --reasoning-gym chain_sum --seed 1 \
+        --split "${split%:*}" --count "${split#*:}" --out "$file"
+    done
+    path=deploy/models/smollm2 template=chatml train=runs/data/chain_sum_train.json val=runs/data/chain_sum_val.json
+    settings=(data.train_batch_size=4 agent.num_chains=4 agent.max_steps=3 actor_rollout_ref.actor.optim.lr=2e-6
+      actor_rollout_ref.rollout.max_tokens=160 actor_rollout_ref.rollout.max_model_len=1024)
     ;;
   *)
     path=$model template=null train=deploy/data/train.json val=deploy/data/val.json

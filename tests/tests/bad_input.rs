@@ -1,4 +1,5 @@
 //! What a person gets wrong is said at once, with the value and what to do, before any work starts.
+#![allow(clippy::unwrap_used, reason = "a story that cannot go on fails here")]
 
 use std::time::Duration;
 

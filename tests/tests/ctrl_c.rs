@@ -1,4 +1,5 @@
 //! Ctrl-C frees everything, in the middle of work, and a second start works at once.
+#![allow(clippy::unwrap_used, reason = "a story that cannot go on fails here")]
 
 use std::time::Duration;
 

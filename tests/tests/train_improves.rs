@@ -1,5 +1,6 @@
 //! The main job, whole: from a JSON file of questions to a better model, through real processes; then a
 //! resume, a score of the checkpoint from outside, and what the run left for people.
+#![allow(clippy::unwrap_used, reason = "a story that cannot go on fails here")]
 
 use std::io::Write as _;
 use std::path::Path;
