@@ -99,7 +99,14 @@ impl Job {
             device.engine.forget_weights();
             device.policy_version = device.policy_version.next();
             let hash = device.decoder.weights_hash().map_err(RankError::us)?;
-            Ok((stats.metrics, device.policy_version, hash))
+            let mut metrics = stats.metrics;
+            let phases = stats.phases;
+            metrics.insert("timing_s/ref".to_owned(), phases.reference);
+            metrics.insert("timing_s/old_log_prob".to_owned(), phases.old_log_prob);
+            metrics.insert("timing_s/forward_backward".to_owned(), phases.forward_backward);
+            metrics.insert("timing_s/all_reduce".to_owned(), phases.all_reduce);
+            metrics.insert("timing_s/optimizer".to_owned(), phases.optimizer);
+            Ok((metrics, device.policy_version, hash))
         };
         self.device.call("a training step", work).await.map_err(RankError::us)?
     }

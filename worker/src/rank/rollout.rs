@@ -61,9 +61,9 @@ pub(super) async fn run(job: Arc<Job>, reporter: Reporter, shard: RunRollout) ->
     }
     let seconds = started.elapsed().as_secs_f64();
     let metrics = [
-        ("rollout/seconds".to_owned(), seconds),
-        ("rollout/sampled_tokens".to_owned(), sampled_tokens as f64),
-        ("rollout/chains".to_owned(), total as f64),
+        ("rollout/seconds_max".to_owned(), seconds),
+        ("rollout/sampled_tokens_total".to_owned(), sampled_tokens as f64),
+        ("rollout/chains_total".to_owned(), total as f64),
     ];
     reporter
         .say(Say::RolloutDone(RolloutDone {
