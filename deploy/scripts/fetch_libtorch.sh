@@ -13,13 +13,21 @@ dest=${1:-$root/third_party/libtorch}
 say() { echo "fetch_libtorch: $*" >&2; }
 die() { say "error: $*"; exit 1; }
 
-if [ -n "${LIBTORCH:-}" ] && [ "$(realpath -m "$LIBTORCH")" != "$(realpath -m "$dest")" ]; then
+if [ -n "${LIBTORCH:-}" ] && { [ -L "$dest" ] || [ "$(realpath -m "$LIBTORCH")" != "$(realpath -m "$dest")" ]; }; then
     for needed in lib/libtorch_cpu.so lib/libc10.so include/torch; do
         [ -e "$LIBTORCH/$needed" ] || die "LIBTORCH=$LIBTORCH holds no $needed; name a full libtorch $version, or unset LIBTORCH to fetch one"
     done
-    say "using LIBTORCH=$LIBTORCH; nothing fetched"
+    # Programs look for libtorch here at run time, so this must lead to the one they are built with.
+    if [ -L "$dest" ] || [ ! -e "$dest" ]; then
+        mkdir -p "$(dirname "$dest")"
+        ln -sfn "$(realpath "$LIBTORCH")" "$dest"
+    else
+        die "$dest holds a fetched libtorch, which programs would load instead of LIBTORCH=$LIBTORCH; remove it first"
+    fi
+    say "using LIBTORCH=$LIBTORCH (linked from $dest); nothing fetched"
     exit 0
 fi
+[ -L "$dest" ] && rm "$dest" # LIBTORCH is no longer set: fetch one
 if [ "$(cat "$dest/build-version" 2>/dev/null || true)" = "$version" ]; then
     exit 0
 fi

@@ -7,4 +7,6 @@ if cargo nextest --version >/dev/null 2>&1; then
   exec cargo nextest run --workspace --locked --no-fail-fast
 fi
 echo "cargo-nextest is not installed: using cargo test (the same tests, one program after the other)"
-exec cargo test --workspace --locked --no-fail-fast --lib --bins --tests
+cargo test --workspace --locked --no-fail-fast --lib --bins --tests --exclude agentfly-tests
+# Whole clusters take all cores: one at a time.
+exec cargo test -p agentfly-tests --locked --no-fail-fast --lib --tests -- --test-threads=1

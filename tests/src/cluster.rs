@@ -12,6 +12,8 @@ use crate::tree::root;
 /// A folder with its own runtime directory, so that tests never see each other's heads.
 pub struct Playground {
     dir: tempfile::TempDir,
+    /// Sandboxed interpreters of others; a jailed one names no folder of this one.
+    zygotes_before: Vec<u32>,
 }
 
 impl Playground {
@@ -26,7 +28,15 @@ impl Playground {
         }
         let dir = tempfile::Builder::new().prefix("agentfly-test-").tempdir()?;
         std::fs::create_dir(dir.path().join("runtime"))?;
-        Ok(Self { dir })
+        Ok(Self { dir, zygotes_before: zygotes() })
+    }
+
+    /// Processes of this playground that still run: its programs, and interpreters of its sandboxes.
+    #[must_use]
+    pub fn leftovers(&self) -> Vec<u32> {
+        let mut left = processes_naming(&self.path().display().to_string());
+        left.extend(zygotes().into_iter().filter(|pid| !self.zygotes_before.contains(pid)));
+        left
     }
 
     /// Where it is.
@@ -105,9 +115,13 @@ pub fn program(name: &str) -> PathBuf {
     profile.join(name)
 }
 
-/// The ids of this machine's processes whose command line contains `needle`.
-#[must_use]
-pub fn processes_naming(needle: &str) -> Vec<u32> {
+/// Interpreters of sandboxes on this machine.
+fn zygotes() -> Vec<u32> {
+    processes_naming("/opt/agentfly/zygote.py")
+}
+
+/// The ids of this machine's other processes whose command line or environment contains `needle`.
+fn processes_naming(needle: &str) -> Vec<u32> {
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.flatten().filter_map(|e| e.file_name().to_string_lossy().parse::<u32>().ok());
     pids.filter(|pid| {

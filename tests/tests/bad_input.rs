@@ -54,7 +54,7 @@ async fn a_row_without_an_answer_is_named_by_file_row_and_field() {
     let file = playground.path().join("bad.json");
     std::fs::write(&file, r#"[{"question":"1+1?","answer":"2"},{"question":"2+2?"}]"#).unwrap();
     let said = refused(&[&format!("data.train_files={}", file.display())]).await;
-    assert_says(&said, &["bad.json", "2", "answer"]);
+    assert_says(&said, &["bad.json", "row 2", "answer"]);
 }
 
 #[tokio::test]
@@ -83,5 +83,5 @@ async fn explain_puts_the_batch_arithmetic_in_words() {
     all[0] = "explain".to_owned();
     let args: Vec<&str> = all.iter().map(String::as_str).collect();
     let ran = playground.succeed("coordinator", &args, SOON).await.unwrap();
-    assert_says(&ran.stdout, &["16", "8", "128"]);
+    assert_says(&ran.stdout, &["16 prompts × 8 chains = 128 chains a step"]);
 }

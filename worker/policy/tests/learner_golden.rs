@@ -1,4 +1,4 @@
-//! The learner's pure functions against numbers that verl's own functions gave in f64 (`golden/golden_algos.json`;
+//! The learner's pure functions against numbers that verl's own functions gave in f64 (`tests/golden/golden_algos.json`;
 //! commits in its `meta`).
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking, too")]
 
@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 const TOLERANCE: f64 = 1e-10;
 
 fn golden() -> Value {
-    serde_json::from_str(include_str!("golden/golden_algos.json")).unwrap()
+    serde_json::from_str(include_str!("../../../tests/golden/golden_algos.json")).unwrap()
 }
 
 /// The numbers of a nested array, in order.

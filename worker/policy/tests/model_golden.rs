@@ -14,6 +14,7 @@ struct Golden {
 
 #[test]
 fn log_probs_are_those_of_transformers() {
+    agentfly_policy::placement::set_up(1, agentfly_policy::placement::Place::Cpu).unwrap(); // as the programs run
     for family in ["qwen2", "llama", "qwen3"] {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family);
         let decoder = Decoder::load(&dir, Kind::Float, Device::Cpu).unwrap();

@@ -55,7 +55,7 @@ fn devices(request: DeviceRequest, present: u32, cuda_built: bool) -> anyhow::Re
             (0, _) => "this machine has no NVIDIA GPU (no /dev/nvidia0)".to_owned(),
             (n, false) => format!(
                 "this machine has {n}, but this program is built with a CPU libtorch; \
-                 build with LIBTORCH=<CUDA libtorch>"
+                 build with LIBTORCH=<CUDA libtorch> and --features nccl"
             ),
             (n, true) => format!("this machine has {n}"),
         };

@@ -158,8 +158,11 @@ async fn keep_words(
     last_words: Arc<Mutex<VecDeque<String>>>,
 ) {
     let mut file = open_log(&log_file).await;
-    let mut lines = stderr.lines();
-    while let Ok(Some(line)) = lines.next_line().await {
+    let (mut stderr, mut bytes) = (stderr, Vec::new());
+    // Bytes, not text: a line that is not UTF-8 must not close the pipe under the rank.
+    while stderr.read_until(b'\n', &mut bytes).await.is_ok_and(|read| read > 0) {
+        let line = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+        bytes.clear();
         if let Some(open) = &mut file
             && open.write_all(format!("{line}\n").as_bytes()).await.is_err()
         {

@@ -13,6 +13,7 @@ use agentfly_common::sampling::SamplingParams;
 use agentfly_common::seed::JobSeed;
 use agentfly_policy::device::DeviceHandle;
 use agentfly_policy::learner::Learner;
+use agentfly_policy::placement::Place;
 use anyhow::{Context as _, anyhow};
 
 use super::RankError;
@@ -45,6 +46,8 @@ pub struct Job {
     pub stop_ids: Vec<u32>,
     /// The address ranks reach each other at.
     pub address: String,
+    /// The device it owns: CPUs exchange gradients over Gloo, GPUs over NCCL.
+    pub place: Place,
     pub(super) device: DeviceHandle<LearnerSeat>,
     /// Rank 0 keeps the rendezvous store open for as long as the job lives.
     pub(super) store: Mutex<Option<Store>>,
@@ -96,9 +99,9 @@ impl Job {
                 .context("the collective group was never formed")
                 .map_err(RankError::us)?;
             let stats = learner.train(&mut device.decoder, &shard).map_err(learner_error)?;
+            let hash = learner.weights_hash(&device.decoder).map_err(learner_error)?;
             device.engine.forget_weights();
             device.policy_version = device.policy_version.next();
-            let hash = device.decoder.weights_hash().map_err(RankError::us)?;
             let mut metrics = stats.metrics;
             let phases = stats.phases;
             metrics.insert("timing_s/ref".to_owned(), phases.reference);

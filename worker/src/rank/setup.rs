@@ -93,6 +93,7 @@ pub(super) async fn prepare(
         resume_dir,
         stop_ids: tokenizer.stop_ids(),
         address: options.address.0.clone(),
+        place: options.device.0,
         device,
         store: Mutex::new(None),
         config,
@@ -195,6 +196,7 @@ pub(super) async fn form_group(job: &Job, reporter: &Reporter, form: FormGroup) 
         rank: job.rank as usize,
         size: job.world_size as usize,
         bind: job.address.clone(),
+        place: job.place,
         timeout: job.config.actor_rollout_ref.collective_timeout(),
     };
     take_seat(job, reporter, Some(seat)).await
@@ -208,13 +210,17 @@ struct Seat {
     rank: usize,
     size: usize,
     bind: String,
+    place: Place,
     timeout: Duration,
 }
 
 impl Seat {
     fn join(&self) -> agentfly_c10d::Result<Group> {
         let store = Store::connect(&self.host, self.port, STORE_DEADLINE)?.with_prefix(&self.prefix)?;
-        Group::gloo(&store, self.rank, self.size, &self.bind, self.timeout)
+        match self.place {
+            Place::Cpu => Group::gloo(&store, self.rank, self.size, &self.bind, self.timeout),
+            Place::Cuda(device) => Group::nccl(&store, self.rank, self.size, device, self.timeout),
+        }
     }
 }
 
@@ -236,8 +242,8 @@ async fn take_seat(job: &Job, reporter: &Reporter, seat: Option<Seat>) -> Result
                 "the checkpoint's weights are policy version {held}, but its manifest says {told}"
             )));
         }
+        let hash = learner.weights_hash(&device.decoder).map_err(learner_error)?;
         device.extra.0 = Some(learner);
-        let hash = device.decoder.weights_hash().map_err(RankError::us)?;
         Ok((device.policy_version, hash))
     };
     let (version, weights_hash) =

@@ -1,5 +1,7 @@
 //! A training step: fetch this rank's shard, update the policy, attest the new weights.
 
+use std::time::Duration;
+
 use agentfly_common::batch::TrainShard;
 use agentfly_common::ids::PolicyVersion;
 use agentfly_policy::learner::LearnerError;
@@ -10,6 +12,9 @@ use anyhow::{Context as _, anyhow};
 use prost::Message as _;
 
 use super::{Job, RankError, Reporter};
+
+/// How long a batch may take to arrive.
+const FETCH_DEADLINE: Duration = Duration::from_secs(300);
 
 /// Trains on one step's shard and reports figures, new version and hash.
 pub(super) async fn run(job: &Job, reporter: &Reporter, train: RunTrain) -> Result<(), RankError> {
@@ -33,12 +38,20 @@ async fn fetch(reporter: &Reporter, step: u64) -> Result<TrainShard, RankError> 
         RankError::outside(anyhow!("fetching the batch of step {step} failed: {}", status.message()))
     };
     let mut client = reporter.connection.trajectories();
-    let mut stream = client.fetch_train_shard(request).await.map_err(broke)?.into_inner();
     let (mut encoded, mut whole) = (Vec::new(), false);
-    while let Some(chunk) = stream.message().await.map_err(broke)? {
-        encoded.extend_from_slice(&chunk.data);
-        whole = chunk.last;
-    }
+    let transfer = async {
+        let mut stream = client.fetch_train_shard(request).await.map_err(broke)?.into_inner();
+        while let Some(chunk) = stream.message().await.map_err(broke)? {
+            encoded.extend_from_slice(&chunk.data);
+            whole = chunk.last;
+        }
+        Ok(())
+    };
+    tokio::time::timeout(FETCH_DEADLINE, transfer).await.map_err(|_| {
+        RankError::outside(anyhow!(
+            "the coordinator did not send the batch of step {step} within {FETCH_DEADLINE:?}"
+        ))
+    })??;
     if !whole {
         return Err(RankError::outside(anyhow!(
             "the batch of step {step} broke off after {} bytes",
@@ -55,6 +68,8 @@ async fn fetch(reporter: &Reporter, step: u64) -> Result<TrainShard, RankError> 
 pub(super) fn learner_error(error: LearnerError) -> RankError {
     match error {
         LearnerError::Config { .. } => RankError::operator(error),
+        // Another rank is gone or refused: its own report says why.
+        LearnerError::Collective(_) | LearnerError::PeerRefused { .. } => RankError::outside(error),
         other => RankError::us(other),
     }
 }

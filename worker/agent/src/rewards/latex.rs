@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::RewardFault;
-use crate::tools::{PythonRunner, RunStatus};
+use crate::tools::{PythonRunner, RunOutput, RunStatus};
 
 /// How long an answer may take, waiting for a free sandbox included.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -38,11 +38,11 @@ pub(super) async fn equal(
         return Ok(false);
     }
     let code = program(rule, response, answer);
-    let run = tokio::time::timeout(DEADLINE, python.run(&code, seed)).await;
-    let output = run
-        .map_err(|_| format!("no answer from the Python sandbox within {} s", DEADLINE.as_secs()))
-        .and_then(|ran| ran.map_err(|e| e.to_string()))
-        .map_err(|cause| RewardFault::Infrastructure { reward, cause })?;
+    let mut output = judge(python, &code, seed, reward).await?;
+    if output.status == RunStatus::TimedOut {
+        // A busy machine is no reason for a reward of 0; an expression that takes forever is.
+        output = judge(python, &code, seed, reward).await?;
+    }
     if let RunStatus::Error { message } = &output.status
         && (message.starts_with("ModuleNotFoundError") || message.starts_with("ImportError"))
     {
@@ -50,6 +50,19 @@ pub(super) async fn equal(
         return Err(RewardFault::Infrastructure { reward, cause });
     }
     Ok(output.status == RunStatus::Success && output.stdout.lines().last() == Some("EQUAL"))
+}
+
+/// One run of the comparing program.
+async fn judge(
+    python: &dyn PythonRunner,
+    code: &str,
+    seed: u64,
+    reward: &'static str,
+) -> Result<RunOutput, RewardFault> {
+    let run = tokio::time::timeout(DEADLINE, python.run(code, seed)).await;
+    run.map_err(|_| format!("no answer from the Python sandbox within {} s", DEADLINE.as_secs()))
+        .and_then(|ran| ran.map_err(|e| e.to_string()))
+        .map_err(|cause| RewardFault::Infrastructure { reward, cause })
 }
 
 /// The functions, and one call with both texts as literals (a JSON string is a Python string literal).

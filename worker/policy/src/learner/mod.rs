@@ -103,6 +103,22 @@ impl Learner {
         self.version
     }
 
+    /// What ranks attest: the model's weights and, where those are rounded copies, the f32 masters behind them,
+    /// so that an update too small for bf16 still shows.
+    ///
+    /// # Errors
+    /// When memory is out.
+    pub fn weights_hash(&self, decoder: &Decoder) -> Result<String, LearnerError> {
+        let model = decoder.weights_hash()?;
+        if decoder.kind() == tch::Kind::Float {
+            return Ok(model);
+        }
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(model.as_bytes());
+        hasher.update(&crate::model::tensor_bytes(&self.optimizer.master)?);
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+
     /// The settings.
     #[must_use]
     pub fn config(&self) -> &LearnerConfig {
