@@ -33,7 +33,7 @@ async fn a_job_makes_the_model_better_and_resumes() {
 
     let summary = json(&run.join("summary.json")).unwrap();
     let (before, after) = (number(&summary, "val_before"), number(&summary, "val_after"));
-    assert!(after >= before + 0.1, "validation accuracy went from {before} to {after}");
+    assert!(after >= before + 0.15, "validation accuracy went from {before} to {after}");
     assert_eq!(summary["steps"], 14);
     let metrics = json_lines(&run.join("metrics.jsonl")).unwrap();
     let steps = metrics.iter().filter(|line| line.get("critic/score/mean").is_some());
