@@ -12,7 +12,7 @@ use crate::runtime_dir::{HeadFile, RuntimeDir};
 
 /// To reach a head.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
-/// For an answer. Submitting reads the data sets and checks a checkpoint, which may take its time.
+/// For an answer.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(120);
 /// A job's summary and configuration come in one message.
 const MESSAGE_BYTES: usize = 16 << 20;
@@ -37,7 +37,9 @@ impl Client {
         };
         let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|e| no_address(&e))?;
         let endpoint = endpoint.connect_timeout(CONNECT_DEADLINE).tcp_nodelay(true);
-        let endpoint = endpoint.http2_keep_alive_interval(Duration::from_secs(10));
+        let endpoint = endpoint
+            .http2_keep_alive_interval(Duration::from_secs(10))
+            .keep_alive_timeout(Duration::from_secs(20));
         let channel = endpoint.connect().await.map_err(|e| {
             let text =
                 format!("no head answers at {address}; is it running? (`coordinator --head` starts one)");
@@ -99,13 +101,15 @@ impl Client {
         request
     }
 
-    /// Queues a job.
+    /// Queues a job. The head reads the data sets and every byte of a checkpoint that is resumed first, which
+    /// takes as long as they are large: there is no deadline, and the connection's keep-alive notices a head that
+    /// is gone.
     ///
     /// # Errors
     /// What the head says.
     pub async fn submit(&mut self, config_json: String, working_dir: String) -> Outcome<pb::JobInfo> {
         let request = pb::SubmitRequest { config_json, working_dir };
-        Ok(self.jobs.submit(Self::request(request)).await?.into_inner())
+        Ok(self.jobs.submit(request).await?.into_inner())
     }
 
     /// All jobs, oldest first.

@@ -10,6 +10,9 @@ use agentfly_coordinator::failure::{Failure, Outcome};
 use agentfly_coordinator::process;
 use clap::Parser;
 
+/// Threads that still read a file when the command is over get so long to end.
+const LAST_WAIT: std::time::Duration = std::time::Duration::from_millis(500);
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Some(Command::RunBound { parent, program, arguments }) = &cli.command {
@@ -17,7 +20,16 @@ fn main() -> ExitCode {
         eprintln!("error: could not run {}: {error}", program.display());
         return ExitCode::from(agentfly_common::error::Whose::Operator.exit_code());
     }
-    match run(cli) {
+    let ended =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::operator).and_then(
+            |runtime| {
+                let ended = runtime.block_on(run(cli));
+                // A file that is still being read when everything is over is nobody's concern.
+                runtime.shutdown_timeout(LAST_WAIT);
+                ended
+            },
+        );
+    match ended {
         Ok(code) => code,
         Err(failure) => {
             eprintln!("error: {failure}");
@@ -26,7 +38,6 @@ fn main() -> ExitCode {
     }
 }
 
-#[tokio::main]
 async fn run(cli: Cli) -> Outcome<ExitCode> {
     // A head in the foreground speaks on the terminal; other commands only when something is wrong.
     let filter = if cli.head.head { "info" } else { "error" };

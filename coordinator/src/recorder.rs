@@ -101,6 +101,10 @@ pub struct Recorder {
     project: String,
     experiment: String,
     resumed_after: Option<u64>,
+    /// The job's settings, as JSON: every checkpoint holds them.
+    config: serde_json::Value,
+    /// The checkpoint it resumes is its last: the run's files stay as they are.
+    is_done: bool,
     run_dir: RunDir,
     journal: Journal,
     sinks: Sinks,
@@ -108,14 +112,14 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Opens the sinks of a job.
+    /// Opens the sinks of a job of `total_steps` that resumes after the step `resumed_after`.
     ///
     /// # Errors
     /// When `metrics.jsonl` cannot be opened.
     pub fn new(
         job: String,
         config: &Config,
-        resumed_after: Option<u64>,
+        (resumed_after, total_steps): (Option<u64>, u64),
         run_dir: RunDir,
         journal: Journal,
         answers: mpsc::Sender<Recorded>,
@@ -132,6 +136,8 @@ impl Recorder {
             project: trainer.project_name.clone(),
             experiment: trainer.experiment_name.clone(),
             resumed_after,
+            config: serde_json::to_value(config).unwrap_or_default(),
+            is_done: resumed_after.is_some_and(|step| step >= total_steps),
             run_dir,
             journal,
             sinks: Sinks::new(sinks),
@@ -196,7 +202,11 @@ impl Recorder {
     fn commit(&self, point: CheckpointPoint) -> Result<PathBuf, CoreFault> {
         let began = tokio::time::Instant::now();
         let metrics_bytes = std::fs::metadata(self.run_dir.metrics()).map_or(0, |found| found.len());
-        let committed = self.run_dir.checkpoints().commit(&CoordinatorPart { point, metrics_bytes });
+        let committed = self.run_dir.checkpoints().commit(&CoordinatorPart {
+            point,
+            metrics_bytes,
+            config: self.config.clone(),
+        });
         if committed.is_ok() {
             metrics::counter!(names::CHECKPOINTS).increment(1);
             metrics::histogram!(names::COMMIT_SECONDS).record(began.elapsed().as_secs_f64());
@@ -205,6 +215,9 @@ impl Recorder {
     }
 
     fn end(&self, end: JobEnd, seconds: f64) {
+        if self.is_done {
+            return self.answer(Recorded::Ended { job: self.job.clone(), end, summary_json: String::new() });
+        }
         let lines = metrics_file::read(&self.run_dir.metrics()).unwrap_or_else(|error| {
             self.trouble(error);
             Vec::new()

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::process;
 
 /// How to reach a running head.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 pub struct HeadFile {
     /// Its process.
     pub pid: u32,
@@ -31,6 +31,19 @@ pub struct HeadFile {
     pub version: String,
     /// It lives for one `coordinator train` and takes no other jobs.
     pub for_one_job: bool,
+}
+
+impl std::fmt::Debug for HeadFile {
+    /// Without the token: what is printed ends up in logs.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HeadFile")
+            .field("pid", &self.pid)
+            .field("address", &self.address)
+            .field("http_address", &self.http_address)
+            .field("version", &self.version)
+            .field("for_one_job", &self.for_one_job)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Why the runtime folder cannot be used.

@@ -172,24 +172,25 @@ impl Submission {
     pub fn prepare(config: Config, working_dir: &Path) -> Outcome<Self> {
         let config = with_absolute_paths(config, working_dir);
         let Checked { questions, .. } = check(&config)?;
+        let (train_rows, validation_rows) = (questions.train_rows(), questions.validation_rows());
+        let validation_sources = questions.validation.iter().map(|row| row.data_source.clone()).collect();
+        let spec = JobSpec { config, train_rows, validation_rows, validation_sources, resume: None };
+        let total_steps = JobPlan::of(&spec).map_err(core_failure)?.total_steps;
+        let config = &spec.config;
         let holder = format!("a job of {}/{}", config.trainer.project_name, config.trainer.experiment_name);
-        let opened = RunDir::open(&config, &holder).map_err(run_dir_failure)?;
+        let opened = RunDir::open(config, total_steps, &holder).map_err(run_dir_failure)?;
         let Opened { run_dir, resume, notes } = opened;
         let new_job = NewJob {
             project: config.trainer.project_name.clone(),
             experiment: config.trainer.experiment_name.clone(),
             run_dir: run_dir.path().to_owned(),
             checkpoint_dir: config.trainer.checkpoint_dir(),
-            config_json: serde_json::to_string(&config).map_err(Failure::us)?,
+            config_json: serde_json::to_string(config).map_err(Failure::us)?,
             ranks: config.world_size(),
             step: resume.as_ref().map_or(0, |point| point.step),
-            total_steps: 0,
+            total_steps,
         };
-        let (train_rows, validation_rows) = (questions.train_rows(), questions.validation_rows());
-        let validation_sources = questions.validation.iter().map(|row| row.data_source.clone()).collect();
-        let spec = JobSpec { config, train_rows, validation_rows, validation_sources, resume };
-        let plan = JobPlan::of(&spec).map_err(core_failure)?;
-        let new_job = NewJob { total_steps: plan.total_steps, ..new_job };
+        let spec = JobSpec { resume, ..spec };
         Ok(Self { spec, new_job, questions, run_dir, notes })
     }
 }

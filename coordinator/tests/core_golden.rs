@@ -1,4 +1,4 @@
-//! Advantages against numbers that verl's own functions gave (`golden/golden_algos.json`, 64-bit).
+//! Advantages against numbers that verl's own functions gave (`tests/golden/golden_algos.json`, 64-bit).
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use agentfly_coordinator::core::advantage::{Estimator, Scored, advantages};
@@ -19,7 +19,7 @@ fn estimator(key: &str) -> Option<Estimator> {
 
 #[test]
 fn advantages_equal_verls() {
-    let golden: Value = serde_json::from_str(include_str!("golden/golden_algos.json")).unwrap();
+    let golden: Value = serde_json::from_str(include_str!("../../tests/golden/golden_algos.json")).unwrap();
     let inputs = &golden["inputs"];
     let mask = matrix(&inputs["response_mask"]);
     let scores = numbers(&inputs["outcome_scores"]);

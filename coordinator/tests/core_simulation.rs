@@ -89,8 +89,9 @@ fn every_job_ends_and_every_invariant_holds_however_the_world_breaks() {
 }
 
 /// How jobs can fail, and words that tell it.
-const KINDS: [(&str, &str); 11] = [
+const KINDS: [(&str, &str); 13] = [
     ("died", "is gone: was killed (signal 9)"),
+    ("silent", "has been silent for"),
     ("said so", "CUDA is out of memory"),
     ("node lost", "is lost, and rank"),
     ("start too slow", "trainer.startup_timeout_seconds"),
@@ -100,6 +101,7 @@ const KINDS: [(&str, &str); 11] = [
     ("idle update", "the update changed nothing"),
     ("foreign chain", "cannot be trained on"),
     ("chains that fail again and again", "for reasons that are not its own"),
+    ("broken collective", "connection closed by peer"),
     ("checkpoint lost", "no space left on the disk"),
 ];
 

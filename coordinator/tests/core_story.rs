@@ -7,9 +7,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use agentfly_common::error::Whose;
 use agentfly_common::ids::{ChainKey, PolicyVersion, Purpose};
 use agentfly_common::trajectory::Outcome;
-use agentfly_coordinator::core::event::{Event, JobState, RankId, ResumePoint};
+use agentfly_coordinator::core::event::{CoreFault, Event, JobState, RankId, ResumePoint};
 use agentfly_coordinator::data::Cursor;
 use core_world::{Temper, World, chain, config, job};
 
@@ -99,7 +100,8 @@ fn the_next_job_starts_when_seats_are_free_and_one_that_cannot_fit_holds_up_nobo
 fn a_resumed_job_goes_on_where_the_checkpoint_stands() {
     let resume = |step| {
         let cursor = Cursor { epoch: 0, position: 2 };
-        Some(ResumePoint { dir: "global_step_1".into(), step, policy_version: PolicyVersion(step), cursor })
+        let (dir, weights_hash) = ("global_step_1".into(), "saved".to_owned());
+        Some(ResumePoint { dir, step, policy_version: PolicyVersion(step), weights_hash, cursor })
     };
     let mut world = World::new(1, Temper::default());
     world.add_node("node-a", 2);
@@ -111,7 +113,7 @@ fn a_resumed_job_goes_on_where_the_checkpoint_stands() {
         .apply(world.now, Event::JobSubmitted { job: "done".to_owned(), spec: Box::new(spec.clone()) });
     let done = format!("{done:?}");
     assert!(
-        done.contains("Finished") && done.contains("nothing left to do: checkpoint is at step 3 of 3"),
+        done.contains("Finished") && done.contains("nothing left to do: the run already has its 3 steps"),
         "{done}"
     );
 
@@ -122,9 +124,99 @@ fn a_resumed_job_goes_on_where_the_checkpoint_stands() {
     let rank = RankId { job: "more".to_owned(), rank: 0, incarnation: 1 };
     let prepare = format!("{:?}", world.state.apply(world.now, Event::RankJoined { rank: rank.clone() }));
     assert!(prepare.contains("global_step_1") && prepare.contains("PolicyVersion(1)"), "{prepare}");
-    let ready = Event::RankReady { rank, policy_version: PolicyVersion(1), weights_hash: "h".to_owned() };
+    let ready = Event::RankReady {
+        rank: rank.clone(),
+        policy_version: PolicyVersion(1),
+        weights_hash: "saved".to_owned(),
+    };
     let rollout = format!("{:?}", world.state.apply(world.now, ready));
     assert!(rollout.contains("step: 2") && rollout.contains("groups: [(0, 2), (1, 3)]"), "{rollout}");
+}
+
+#[test]
+fn a_resumed_job_whose_weights_are_not_those_that_were_saved_fails_and_names_both() {
+    let mut world = World::new(1, Temper { hang: 1.0, ..Temper::default() });
+    world.add_node("node-a", 1);
+    let mut spec = job(config(&["trainer.n_gpus_per_node=1"]), 0);
+    spec.resume = Some(ResumePoint {
+        dir: "global_step_1".into(),
+        step: 1,
+        policy_version: PolicyVersion(1),
+        weights_hash: "saved".to_owned(),
+        cursor: Cursor::default(),
+    });
+    world.submit("job-1", spec);
+    let rank = RankId { job: "job-1".to_owned(), rank: 0, incarnation: 1 };
+    world.apply(Event::RankJoined { rank: rank.clone() });
+    let (policy_version, weights_hash) = (PolicyVersion(1), "loaded".to_owned());
+    world.apply(Event::RankReady { rank, policy_version, weights_hash });
+    let failed = world.lines.iter().find(|line| line.contains("Error")).unwrap();
+    assert!(failed.contains("the ranks attest loaded, the checkpoint says saved"), "{failed}");
+    assert!(!world.lines.iter().any(|line| line.contains("<- rollout")), "{:#?}", world.lines);
+}
+
+/// Two ranks that have attested their weights and roll out; they answer nothing by themselves.
+fn two_ranks_roll_out() -> (World, [RankId; 2]) {
+    let mut world = World::new(1, Temper { hang: 1.0, ..Temper::default() });
+    world.add_node("node-a", 2);
+    world.submit("job-1", job(two_ranks(&[]), 0));
+    let ranks = [0, 1].map(|rank| RankId { job: "job-1".to_owned(), rank, incarnation: 1 });
+    for rank in &ranks {
+        world.apply(Event::RankJoined { rank: rank.clone() });
+    }
+    world.apply(Event::StoreOpened { rank: ranks[0].clone(), host: "h".to_owned(), port: 1 });
+    for rank in &ranks {
+        let (rank, policy_version, weights_hash) = (rank.clone(), PolicyVersion(0), "loaded".to_owned());
+        world.apply(Event::RankReady { rank, policy_version, weights_hash });
+    }
+    world.silent.clear();
+    (world, ranks)
+}
+
+fn collective_fails(world: &mut World, rank: &RankId) {
+    let message = "all_reduce: connection closed by peer".to_owned();
+    let fault = CoreFault { whose: Whose::Outside, message };
+    world.apply(Event::RankFailed { rank: rank.clone(), fault });
+}
+
+#[test]
+fn the_death_of_a_rank_is_the_cause_of_the_collective_that_failed_before_it_was_heard() {
+    let (mut world, [zero, one]) = two_ranks_roll_out();
+    collective_fails(&mut world, &zero);
+    world.apply(Event::RankExited { rank: zero, cause: "ended with exit code 75".to_owned() });
+    world.now += Duration::from_secs(1);
+    world.apply(Event::Tick);
+    assert!(!world.lines.iter().any(|line| line.contains("Error")), "undecided: {:#?}", world.lines);
+    world.apply(Event::RankExited { rank: one, cause: "was killed (signal 9; out of memory?)".to_owned() });
+    assert_eq!(
+        world.ended["job-1"].detail,
+        "rank 1 on node node-a is gone: was killed (signal 9; out of memory?); with it, rank 0 on node node-a \
+         failed: all_reduce: connection closed by peer"
+    );
+}
+
+#[test]
+fn a_collective_that_failed_for_no_other_reason_is_the_cause_itself() {
+    let (mut world, [zero, one]) = two_ranks_roll_out();
+    collective_fails(&mut world, &zero);
+    collective_fails(&mut world, &one);
+    world.now += Duration::from_secs(2);
+    world.apply(Event::Tick);
+    world.run(LONG);
+    let detail = &world.ended["job-1"].detail;
+    assert_eq!(detail, "rank 0 on node node-a failed: all_reduce: connection closed by peer");
+}
+
+#[test]
+fn a_rank_whose_heartbeats_stop_is_named_long_before_the_deadline_of_its_work() {
+    let (mut world, [_, one]) = two_ranks_roll_out();
+    let began = world.now;
+    world.silent.insert(one);
+    world.run(LONG);
+    let detail = &world.ended["job-1"].detail;
+    assert!(detail.starts_with("rank 1 on node node-a has been silent for 3"), "{detail}");
+    assert!(detail.contains("; is it stopped or hung?"), "{detail}");
+    assert!(world.now - began < Duration::from_secs(60), "the rollout's own deadline is 60 s");
 }
 
 /// Tells the core that the only rank of `job-1` attests these weights after step 1.
@@ -177,19 +269,8 @@ fn arrives(world: &mut World, rank: &RankId, shard: u64, (group, index): (u32, u
 
 #[test]
 fn a_group_whose_chain_failed_for_no_fault_of_its_own_is_asked_again_elsewhere() {
-    let mut world = World::new(1, Temper { hang: 1.0, ..Temper::default() });
-    world.add_node("node-a", 2);
-    world.submit("job-1", job(two_ranks(&[]), 0));
-    let ranks = [0, 1].map(|rank| RankId { job: "job-1".to_owned(), rank, incarnation: 1 });
+    let (mut world, ranks) = two_ranks_roll_out();
     let [zero, one] = &ranks;
-    for rank in &ranks {
-        world.apply(Event::RankJoined { rank: rank.clone() });
-    }
-    world.apply(Event::StoreOpened { rank: zero.clone(), host: "h".to_owned(), port: 1 });
-    for rank in &ranks {
-        let (rank, policy_version, weights_hash) = (rank.clone(), PolicyVersion(0), "loaded".to_owned());
-        world.apply(Event::RankReady { rank, policy_version, weights_hash });
-    }
     let done = |world: &mut World, rank: &RankId, shard| {
         world.apply(Event::RolloutDone { rank: rank.clone(), shard, metrics: BTreeMap::new() });
     };

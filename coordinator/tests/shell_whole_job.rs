@@ -158,9 +158,20 @@ async fn a_run_that_is_started_again_resumes_and_keeps_its_past() {
     assert_eq!(steps.collect::<Vec<_>>(), [(3, 3)]);
     let after = std::fs::read_to_string(&metrics).unwrap();
     assert!(after.starts_with(&before) && after.len() > before.len(), "the past is kept:\n{before}\n{after}");
-    let summary = std::fs::read_to_string(world.run_dir().join("summary.json")).unwrap();
-    let summary: serde_json::Value = serde_json::from_str(&summary).unwrap();
+    let text = std::fs::read_to_string(world.run_dir().join("summary.json")).unwrap();
+    let summary: serde_json::Value = serde_json::from_str(&text).unwrap();
     assert_eq!((&summary["resumed_after_step"], &summary["policy_version"]), (&2.into(), &3.into()));
+
+    client.submit(world.config_json(&more), world.dir()).await.unwrap();
+    let end = format!("{:?}", world.events_until_ended("job-3").await.last().unwrap());
+    assert!(end.contains("nothing left to do: the run already has its 3 steps"), "{end}");
+    assert_eq!(std::fs::read_to_string(world.run_dir().join("summary.json")).unwrap(), text, "untouched");
+
+    client.submit(world.config_json(&["trainer.seed=2"]), world.dir()).await.unwrap();
+    let events = format!("{:?}", world.events_until_ended("job-4").await);
+    assert!(events.contains("trainer.seed was 1 and is 2") && events.contains("/one.1"), "{events}");
+    let old = std::fs::read_to_string(world.run_dir().with_file_name("one.1").join("summary.json")).unwrap();
+    assert_eq!(old, text, "the old run is kept as it was");
     world.stop().await;
 }
 

@@ -76,18 +76,23 @@ choice! {
     AdvEstimator {
         /// Group-relative: the reward against the mean and deviation of its prompt's group.
         Grpo = "grpo",
+        /// Only the best chain of a group earns, by its lead over the second best.
+        GrpoPassK = "grpo_passk",
+        /// Leave-one-out baseline.
+        Rloo = "rloo",
+        /// Length-weighted baseline.
+        Opo = "opo",
+        /// Group policy gradient: the group's mean as baseline, scaled by the share of non-zero rewards.
+        Gpg = "gpg",
+        /// The group's mean as baseline, whitened over the batch.
+        ReinforcePlusPlusBaseline = "reinforce_plus_plus_baseline",
     }
     unsupported {
         "gae": "generalised advantage estimation, which trains a critic",
         "grpo_vectorized": "a variant of grpo that differs only on groups of almost equal rewards",
-        "grpo_passk": "only the best chain of a group is rewarded",
-        "rloo": "leave-one-out baseline",
         "rloo_vectorized": "leave-one-out baseline",
         "reinforce_plus_plus": "discounted returns, whitened over the batch",
-        "reinforce_plus_plus_baseline": "group mean as baseline, whitened over the batch",
         "remax": "the reward of a greedy chain as baseline",
-        "opo": "length-weighted baseline",
-        "gpg": "group policy gradient",
         "gdpo": "grpo per part of the reward",
         "optimal_token_baseline": "a baseline per token from the actor's probabilities",
         "tir_optimal_token_baseline": "a baseline per token from the actor's probabilities",
@@ -304,9 +309,11 @@ mod tests {
         let error = "gae".parse::<AdvEstimator>().unwrap_err();
         assert_eq!(
             error,
-            "known but not supported here: generalised advantage estimation, which trains a critic; supported: grpo"
+            "known but not supported here: generalised advantage estimation, which trains a critic; supported: grpo, \
+             grpo_passk, rloo, opo, gpg, reinforce_plus_plus_baseline"
         );
-        assert_eq!("grop".parse::<AdvEstimator>().unwrap_err(), "expected one of: grpo");
+        let error = "grop".parse::<AdvEstimator>().unwrap_err();
+        assert_eq!(error, "expected one of: grpo, grpo_passk, rloo, opo, gpg, reinforce_plus_plus_baseline");
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod aliases;
 mod batch_plan;
 mod checks;
 mod choices;
+mod compare;
 mod error;
 mod explain;
 mod known;
@@ -39,13 +40,14 @@ pub use choices::{
     AdvEstimator, AgentBackend, AgentType, Dtype, KlLossType, Logger, LossAggMode, LrSchedule,
     PolicyLossMode, REWARDS, ResumeMode, TOOLS,
 };
+pub use compare::{Difference, differences};
 pub use error::{ConfigError, ConfigErrors};
 pub use explain::explain;
 pub use layers::Source;
 pub use preflight::preflight;
 pub use schema::{
-    Actor, ActorRolloutRef, Agent, Algorithm, Cluster, Config, Data, Model, Optim, PolicyLoss, Rollout,
-    Sandbox, Trainer, ValKwargs,
+    Actor, ActorRolloutRef, Agent, Algorithm, Config, Data, Model, Optim, PolicyLoss, Rollout, Sandbox,
+    Trainer, ValKwargs,
 };
 
 use checks::Checks;

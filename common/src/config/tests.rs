@@ -153,7 +153,7 @@ fn features_that_are_not_here_say_what_they_are() {
         ("agent.agent_type=react", "thought/action/input text"),
         ("agent.backend=client", "OpenAI-compatible server"),
         ("agent.tools=[google_search]", "google_search: known but not supported here: a web search service"),
-        ("agent.reward_name=qa_f1_reward", "known but not supported here: word overlap of answers"),
+        ("agent.reward_name=qa_f1_reward_format", "known but not supported here: word overlap of answers"),
         (
             "actor_rollout_ref.actor.strategy=megatron",
             "megatron's pipeline and tensor parallelism is not supported",
@@ -180,7 +180,10 @@ fn settings_that_exclude_each_other_say_the_way_out() {
     for (settings, told) in [
         (vec!["agent.model_name_or_path=a", "actor_rollout_ref.model.path=b"], "give both the same path"),
         (vec!["trainer.resume_mode=resume_path"], "give trainer.resume_from_path=…/global_step_N"),
-        (vec!["cluster.lease_seconds=5"], "raise the lease to at least three heartbeats"),
+        (
+            vec!["actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm"],
+            "give actor_rollout_ref.actor.loss_scale_factor",
+        ),
         (vec!["agent.max_model_len=100"], "a turn of 1024 tokens does not fit in a chain of 100"),
         (
             vec!["agent.num_chains=8", "actor_rollout_ref.actor.ppo_mini_batch_size=48"],

@@ -13,8 +13,9 @@ use crate::failure::{Failure, Outcome};
 use crate::process::Watched;
 use crate::runtime_dir::{HeadFile, RuntimeDir};
 
-/// A head stops within some five seconds; then it is asked by signal, then ended by force.
-const GRACE: Duration = Duration::from_secs(10);
+/// A head stops within a second, on a loaded machine within some 25 s; then it is asked by signal, then ended
+/// by force.
+const GRACE: Duration = Duration::from_secs(30);
 /// From one step to the next.
 const NEXT: Duration = Duration::from_secs(5);
 
@@ -23,7 +24,7 @@ const NEXT: Duration = Duration::from_secs(5);
 struct Stopped {
     /// A head was running.
     was_running: bool,
-    /// Its process.
+    /// Its process; unknown of a head elsewhere.
     pid: Option<u32>,
     /// It had to be ended by force.
     by_force: bool,
@@ -32,7 +33,11 @@ struct Stopped {
 pub(super) async fn run(args: ShowArgs) -> Outcome<ExitCode> {
     if let Some(address) = &args.address {
         Client::need(Some(address)).await?.shutdown("coordinator stop").await?;
-        println!("the head at {address} is stopping");
+        if args.json {
+            print_json(&Stopped { was_running: true, pid: None, by_force: false })?;
+        } else {
+            println!("the head at {address} is stopping");
+        }
         return Ok(ExitCode::SUCCESS);
     }
     let runtime_dir = RuntimeDir::from_environment().map_err(Failure::operator)?;

@@ -1,7 +1,7 @@
 //! `coordinator train`: check everything, find or start a head, submit, watch, and say what came of it.
 
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -53,13 +53,35 @@ pub(super) async fn run(args: TrainArgs) -> Outcome<ExitCode> {
         Ok(client) => submit(client, &config, &here, false, &signals).await,
         Err(failure) => Err(failure),
     };
+    let leftovers = head.leftovers();
     let stopped = tokio::select! {
         stopped = head.stop("the job is over") => stopped,
         // Children die with this process: the kernel sees to it.
         _ = signals.nth(2) => return Ok(ExitCode::from(CANCELLED)),
     };
-    let outcome = outcome?;
-    stopped.map(|()| outcome)
+    // How the job ended counts; a head that was late or left its file behind does not change that.
+    if let Err(failure) = stopped {
+        tracing::warn!("{failure}");
+    }
+    tidy(&leftovers, outcome.is_ok());
+    outcome
+}
+
+/// Removes what a head for one job wrote for itself; after a failure says where it lies.
+fn tidy(leftovers: &[PathBuf], went_well: bool) {
+    for path in leftovers {
+        if !went_well {
+            eprintln!("log: {}", path.display());
+            continue;
+        }
+        let removed = match path.is_dir() {
+            true => std::fs::remove_dir_all(path),
+            false => std::fs::remove_file(path),
+        };
+        if let Err(error) = removed {
+            tracing::warn!(path = %path.display(), %error, "could not be removed");
+        }
+    }
 }
 
 /// The head that was named, or the running one unless it lives for a job of its own.
@@ -127,7 +149,14 @@ async fn submit(
     signals: &Signals,
 ) -> Outcome<ExitCode> {
     let config_json = serde_json::to_string(config).map_err(Failure::us)?;
-    let job = client.submit(config_json, here.to_string_lossy().into_owned()).await?;
+    // Verifying a large checkpoint takes its time; what is submitted after all ends with the head, or is told.
+    let job = tokio::select! {
+        job = client.submit(config_json, here.to_string_lossy().into_owned()) => job?,
+        signal = signals.nth(1) => {
+            println!("{}: submitting was given up; `coordinator jobs` shows whether it was queued", signal?);
+            return Ok(ExitCode::from(CANCELLED));
+        }
+    };
     if detach {
         println!("{} is {}; follow it with `coordinator job logs {}`", job.job_id, job.state, job.job_id);
         return Ok(ExitCode::SUCCESS);

@@ -52,7 +52,9 @@ impl Job {
         desk: &mut Desk<'_>,
     ) {
         let began = match &self.life {
-            Life::Saving(saving) if saving.written && saving.step == step => saving.began,
+            Life::Saving(saving) if self.pending.is_none() && saving.written && saving.step == step => {
+                saving.began
+            }
             _ => return,
         };
         match result {

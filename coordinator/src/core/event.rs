@@ -9,7 +9,7 @@ use std::time::Duration;
 use agentfly_common::batch::TrainShard;
 use agentfly_common::config::Config;
 use agentfly_common::error::Whose;
-use agentfly_common::ids::{ChainKey, PolicyVersion, Purpose};
+use agentfly_common::ids::{PolicyVersion, Purpose};
 use agentfly_common::trajectory::Trajectory;
 
 /// Time since the head started. The only clock the core knows; it comes in with each event.
@@ -79,6 +79,8 @@ pub struct ResumePoint {
     pub step: u64,
     /// Weights it holds.
     pub policy_version: PolicyVersion,
+    /// Their hash as the ranks attested it; they must attest it again once they have loaded them.
+    pub weights_hash: String,
     /// Where the data goes on.
     pub cursor: crate::data::Cursor,
 }
@@ -172,6 +174,26 @@ pub enum Decision {
     Log { job: JobId, level: Level, text: String },
     /// The job is over; no rank of it runs any more.
     Ended { job: JobId, end: JobEnd },
+}
+
+impl Event {
+    /// The rank that speaks, or that is spoken of.
+    #[must_use]
+    pub fn rank(&self) -> Option<&RankId> {
+        match self {
+            Self::RankJoined { rank }
+            | Self::RankHeard { rank, .. }
+            | Self::StoreOpened { rank, .. }
+            | Self::RankReady { rank, .. }
+            | Self::TrajectoryArrived { rank, .. }
+            | Self::RolloutDone { rank, .. }
+            | Self::TrainDone { rank, .. }
+            | Self::CheckpointWritten { rank, .. }
+            | Self::RankFailed { rank, .. }
+            | Self::RankExited { rank, .. } => Some(rank),
+            _ => None,
+        }
+    }
 }
 
 /// A command to a rank; `Prepare` and the rest mirror `cluster.proto`.
@@ -296,6 +318,3 @@ pub struct JobEnd {
     /// Steps done in this run and before it.
     pub steps_done: u64,
 }
-
-/// A chain that is part of a shard still open, for messages that name who waits for whom.
-pub type OpenChain = (ChainKey, RankId);

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::event::{Device, JobId, Moment, NodeFacts, NodeId, RankId};
-use super::settings::{DeviceWish, JobPlan};
+use super::settings::JobPlan;
 
 /// One node.
 #[derive(Debug, Clone)]
@@ -108,7 +108,7 @@ impl Fleet {
     /// Seats for all ranks of a job: `ranks_per_node` on each node in the order of names, and whatever is left
     /// over wherever there is room.
     pub(crate) fn seats_for(&self, plan: &JobPlan) -> Seating {
-        let cuda = self.uses_cuda(plan.device);
+        let cuda = self.uses_cuda();
         let total: usize = self.living().map(|(_, node)| seats_of(node, cuda).count()).sum();
         let wanted = plan.world_size as usize;
         if total < wanted {
@@ -149,14 +149,9 @@ impl Fleet {
         self.nodes.iter().filter(|(_, node)| node.lost.is_none())
     }
 
-    fn uses_cuda(&self, wish: DeviceWish) -> bool {
-        let any =
-            || self.living().any(|(_, node)| node.facts.devices.iter().any(|d| matches!(d, Device::Cuda(_))));
-        match wish {
-            DeviceWish::Any => any(),
-            DeviceWish::Cpu => false,
-            DeviceWish::Cuda => true,
-        }
+    /// Ranks run on GPUs if the cluster has any, else on CPU seats.
+    fn uses_cuda(&self) -> bool {
+        self.living().any(|(_, node)| node.facts.devices.iter().any(|d| matches!(d, Device::Cuda(_))))
     }
 
     fn missing(&self, total: usize, wanted: usize, cuda: bool) -> String {

@@ -14,6 +14,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use agentfly_common::error::Whose;
 use agentfly_common::ids::PolicyVersion;
@@ -58,6 +59,18 @@ pub(crate) struct Job {
     pub(crate) unchanged_updates: u64,
     /// Whether a step was trained in this life of the job.
     pub(crate) trained: bool,
+    /// A failure that another one may explain.
+    pub(crate) pending: Option<Pending>,
+}
+
+/// A rank failed by something outside it, most often a collective. Until `until`, the death of another rank is
+/// taken for the cause; nothing else is decided meanwhile.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    until: Moment,
+    /// Index of the rank.
+    rank: usize,
+    fault: CoreFault,
 }
 
 /// Where a job stands.
@@ -124,6 +137,7 @@ impl Job {
             next_shard: 1,
             unchanged_updates: 0,
             trained: false,
+            pending: None,
         }
     }
 
@@ -197,6 +211,8 @@ impl Job {
         if matches!(self.life, Life::Stopping(_)) {
             self.log(Level::Info, format!("rank {name} ended: {cause}"), desk);
             self.end_if_empty(desk);
+        } else if self.pending.as_ref().is_some_and(|pending| pending.rank == rank) {
+            self.log(Level::Info, format!("rank {name} ended after it failed: {cause}"), desk);
         } else {
             let message = format!("rank {name} on node {} is gone: {cause}", self.ranks[rank].node);
             self.fail(CoreFault { whose, message }, desk);
@@ -207,9 +223,18 @@ impl Job {
     pub(crate) fn rank_failed(&mut self, rank: usize, fault: &CoreFault, desk: &mut Desk<'_>) {
         let Rank { id, node, .. } = &self.ranks[rank];
         let message = format!("rank {} on node {node} failed: {}", id.rank, fault.message);
-        match self.life {
-            Life::Stopping(_) => self.log(Level::Info, message, desk),
-            _ => self.fail(CoreFault { whose: fault.whose, message }, desk),
+        let alone = self.ranks.len() == 1;
+        match (&self.life, &self.pending, fault.whose) {
+            (Life::Stopping(_), _, _) => self.log(Level::Info, message, desk),
+            (_, None, Whose::Outside) if !alone => {
+                self.log(Level::Warn, message.clone(), desk);
+                let (until, fault) =
+                    (desk.now + desk.settings.cause_margin, CoreFault { whose: fault.whose, message });
+                self.pending = Some(Pending { until, rank, fault });
+            }
+            // The second to suffer explains nothing.
+            (_, Some(_), Whose::Outside) => self.log(Level::Warn, message, desk),
+            (_, _, whose) => self.fail(CoreFault { whose, message }, desk),
         }
     }
 
@@ -235,12 +260,23 @@ impl Job {
     pub(crate) fn cancel(&mut self, why: String, desk: &mut Desk<'_>) {
         match self.life {
             Life::Stopping(_) | Life::Over(_) => {}
-            _ => self.stop(JobState::Cancelled, format!("cancelled: {why}"), None, desk),
+            _ => {
+                self.pending = None;
+                self.stop(JobState::Cancelled, format!("cancelled: {why}"), None, desk);
+            }
         }
     }
 
-    /// The job cannot go on. Only the first cause counts: what breaks after it breaks because of it.
+    /// The job cannot go on. Only the first cause counts: what breaks after it breaks because of it. A failure
+    /// that waited for its cause is told after it.
     pub(crate) fn fail(&mut self, fault: CoreFault, desk: &mut Desk<'_>) {
+        let fault = match self.pending.take() {
+            Some(pending) => {
+                let message = format!("{}; with it, {}", fault.message, pending.fault.message);
+                CoreFault { message, ..fault }
+            }
+            None => fault,
+        };
         if !matches!(self.life, Life::Stopping(_) | Life::Over(_)) {
             self.log(Level::Error, fault.message.clone(), desk);
             self.stop(JobState::Failed, fault.message.clone(), Some(fault), desk);
@@ -297,6 +333,13 @@ impl Job {
 
     /// Time passed: whoever was waited for too long is named.
     pub(crate) fn tick(&mut self, desk: &mut Desk<'_>) {
+        if let Some(pending) = self.pending.take() {
+            match desk.now < pending.until {
+                true => self.pending = Some(pending),
+                false => self.fail(pending.fault, desk),
+            }
+            return;
+        }
         let late = match &self.life {
             Life::Queued | Life::Over(_) => None,
             Life::Starting(starting) => self.late_start(starting, desk.now),
@@ -309,9 +352,32 @@ impl Job {
                 None
             }
         };
-        if let Some(message) = late {
+        if let Some(message) = late.or_else(|| self.silent(desk.settings.rank_silence, desk.now)) {
             self.fail(CoreFault { whose: Whose::Outside, message }, desk);
         }
+    }
+
+    /// Which joined ranks have not been heard for too long, in words.
+    fn silent(&self, limit: Duration, now: Moment) -> Option<String> {
+        if !matches!(self.life, Life::Starting(_) | Life::Rollout(_) | Life::Training(_) | Life::Saving(_)) {
+            return None;
+        }
+        let is_silent = |rank: &usize| {
+            let rank = &self.ranks[*rank];
+            rank.standing == Standing::Joined && now.saturating_sub(rank.heard) > limit
+        };
+        let silent: Vec<usize> = (0..self.ranks.len()).filter(is_silent).collect();
+        let one = |rank: &usize| {
+            let Rank { id, node, heard, activity, .. } = &self.ranks[*rank];
+            let doing =
+                activity.as_ref().map_or("it had not said what it does".to_owned(), |(activity, since)| {
+                    format!("it was in {activity}, since {} s", now.saturating_sub(*since).as_secs())
+                });
+            let seconds = now.saturating_sub(*heard).as_secs();
+            format!("rank {} on node {node} has been silent for {seconds} s; last {doing}", id.rank)
+        };
+        let words: Vec<String> = silent.iter().map(one).collect();
+        (!words.is_empty()).then(|| format!("{}; is it stopped or hung?", words.join(", and ")))
     }
 
     /// Grace and margin are over and a rank was not heard to exit: its node has ended it by force or is gone.

@@ -52,7 +52,7 @@ use event::{
 };
 use fleet::{Fleet, Seating};
 use job::{Desk, Job, Life};
-pub use settings::{CoreSettings, DeviceWish, JobPlan};
+pub use settings::{CoreSettings, JobPlan};
 pub use view::{JobView, NodeView, RankView, View};
 
 /// All nodes and jobs.
@@ -134,8 +134,14 @@ impl State {
         }
     }
 
-    /// What a rank said or did.
+    /// What a rank said or did. In a job whose failure waits for its cause nothing goes on: only what tells
+    /// of the cause is heard.
     fn of_rank(&mut self, event: Event, out: &mut Vec<Decision>) {
+        let tells_of_ends =
+            matches!(event, Event::RankHeard { .. } | Event::RankFailed { .. } | Event::RankExited { .. });
+        if !tells_of_ends && self.is_undecided(&event) {
+            return;
+        }
         match event {
             Event::RankJoined { rank } => {
                 self.with_rank(&rank, "its joining", out, |job, index, desk| job.rank_joined(index, desk));
@@ -190,6 +196,10 @@ impl State {
         }
     }
 
+    fn is_undecided(&self, event: &Event) -> bool {
+        event.rank().and_then(|rank| self.jobs.get(&rank.job)).is_some_and(|job| job.pending.is_some())
+    }
+
     fn with_job(&mut self, job: &JobId, out: &mut Vec<Decision>, act: impl FnOnce(&mut Job, &mut Desk<'_>)) {
         if let Some(job) = self.jobs.get_mut(job) {
             act(job, &mut Desk { now: self.now, settings: &self.settings, out });
@@ -225,8 +235,8 @@ impl State {
             }
         };
         let done = plan.resume.as_ref().map_or(0, |point| point.step);
-        if done >= plan.total_steps {
-            let detail = format!("nothing left to do: checkpoint is at step {done} of {}", plan.total_steps);
+        if plan.is_done() {
+            let detail = nothing_left(done);
             return out.push(never_begun(id, JobState::Finished, detail, None, spec));
         }
         self.order.push(id.clone());
@@ -293,6 +303,14 @@ impl State {
             }
         }
     }
+}
+
+/// What a run is told whose checkpoint stands at its last step, or beyond.
+fn nothing_left(steps: u64) -> String {
+    format!(
+        "nothing left to do: the run already has its {steps} steps; raise trainer.total_training_steps to go on, or \
+         set trainer.resume_mode=disable to start anew"
+    )
 }
 
 /// A job that ends before it has a life.

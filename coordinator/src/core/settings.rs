@@ -24,6 +24,11 @@ pub struct CoreSettings {
     pub train_deadline: Duration,
     /// For writing a checkpoint, and again for committing it.
     pub checkpoint_deadline: Duration,
+    /// A rank whose heartbeats stop for so long is taken for hung: they come each second, whatever it does.
+    pub rank_silence: Duration,
+    /// How long a rank's report of something outside it waits for a better cause: a collective fails on the
+    /// living ranks before the death of the one that broke it is heard.
+    pub cause_margin: Duration,
     /// What a rank may take beyond a rollout's own deadline, which it watches itself, to answer.
     pub answer_margin: Duration,
 }
@@ -36,20 +41,11 @@ impl Default for CoreSettings {
             stop_margin: Duration::from_secs(5),
             train_deadline: Duration::from_secs(3600),
             checkpoint_deadline: Duration::from_secs(1800),
+            rank_silence: Duration::from_secs(60),
+            cause_margin: Duration::from_secs(2),
             answer_margin: Duration::from_secs(30),
         }
     }
-}
-
-/// Which devices a job runs on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DeviceWish {
-    /// GPUs if the cluster has any, else CPU seats.
-    Any,
-    /// CPU seats.
-    Cpu,
-    /// GPUs.
-    Cuda,
 }
 
 /// The numbers of a job that steer it. Everything else in its configuration concerns only its ranks.
@@ -59,8 +55,6 @@ pub struct JobPlan {
     pub ranks_per_node: u32,
     /// Ranks in all: `trainer.n_gpus_per_node` × `trainer.nnodes`.
     pub world_size: u32,
-    /// Where ranks may run.
-    pub device: DeviceWish,
     /// The job's seed.
     pub seed: u64,
     /// Seed of the order of the training rows.
@@ -114,14 +108,19 @@ impl JobPlan {
         let total_steps = batches.total_steps.ok_or_else(|| {
             operator("the number of steps is not known: give trainer.total_training_steps".to_owned())
         })?;
+        let by_std = config.algorithm.norm_adv_by_std_in_grpo;
         let estimator = match config.algorithm.adv_estimator {
-            AdvEstimator::Grpo => Estimator::Grpo { by_std: config.algorithm.norm_adv_by_std_in_grpo },
+            AdvEstimator::Grpo => Estimator::Grpo { by_std },
+            AdvEstimator::GrpoPassK => Estimator::GrpoPassK { by_std },
+            AdvEstimator::Rloo => Estimator::Rloo,
+            AdvEstimator::Opo => Estimator::Opo,
+            AdvEstimator::Gpg => Estimator::Gpg,
+            AdvEstimator::ReinforcePlusPlusBaseline => Estimator::ReinforcePlusPlusBaseline,
         };
         let positive = |every: i64| u64::try_from(every).ok().filter(|&every| every > 0);
         Ok(Self {
             ranks_per_node: trainer.n_gpus_per_node,
             world_size: config.world_size(),
-            device: DeviceWish::Any,
             seed: trainer.seed,
             data_seed: config.data_seed(),
             groups_per_step: config.data.train_batch_size as usize,
@@ -142,6 +141,12 @@ impl JobPlan {
             rollout_deadline: Duration::from_secs(trainer.rollout_timeout_seconds),
             resume: spec.resume.clone(),
         })
+    }
+
+    /// Whether the checkpoint that the job resumes is at its last step already, or beyond.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.resume.as_ref().is_some_and(|point| point.step >= self.total_steps)
     }
 
     /// Whether the policy is validated after `step`: every `validate_every` steps, and after the last.

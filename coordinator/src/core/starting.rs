@@ -2,7 +2,7 @@
 //!
 //! A rank that joins is told to prepare. Ranks of a larger world then form the collective group, once all have
 //! joined and rank 0 has opened the store; a rank alone needs no group. No step starts before every rank has
-//! attested the same policy version and the same hash of its weights.
+//! attested the same policy version and the same hash of its weights; after a resume, the checkpoint's hash.
 
 use std::collections::BTreeMap;
 
@@ -115,10 +115,22 @@ impl Job {
                 let message = format!("wrong weights after loading: {problem}");
                 self.fail(CoreFault { whose: Whose::Us, message }, desk);
             }
-            Ok(hash) => {
-                self.weights_hash = hash;
-                self.begin(desk);
-            }
+            Ok(hash) => match self.plan.resume.as_ref().filter(|point| point.weights_hash != hash) {
+                Some(point) => {
+                    let message = format!(
+                        "the weights that the ranks loaded from {} are not those that were saved: the ranks attest \
+                         {hash}, the checkpoint says {}; was it written with another \
+                         actor_rollout_ref.rollout.dtype, or on another kind of device?",
+                        point.dir.display(),
+                        point.weights_hash
+                    );
+                    self.fail(CoreFault { whose: Whose::Operator, message }, desk);
+                }
+                None => {
+                    self.weights_hash = hash;
+                    self.begin(desk);
+                }
+            },
         }
     }
 

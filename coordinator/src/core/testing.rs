@@ -7,7 +7,7 @@ use agentfly_common::trajectory::{FinishReason, Outcome, Reward, Timings, Trajec
 
 use super::advantage::Estimator;
 use super::event::{Device, NodeFacts};
-use super::settings::{DeviceWish, JobPlan};
+use super::settings::JobPlan;
 
 /// A training chain of `tokens` tokens: one of prompt, the others sampled.
 pub(super) fn chain(step: u64, group: u32, chain: u32, tokens: usize, reward: f64) -> Trajectory {
@@ -31,7 +31,6 @@ pub(super) fn plan(world_size: u32) -> JobPlan {
     JobPlan {
         ranks_per_node: world_size,
         world_size,
-        device: DeviceWish::Any,
         seed: 1,
         data_seed: 1,
         groups_per_step: 2,

@@ -62,6 +62,11 @@ pub(super) struct LocalWorker {
 }
 
 impl LocalWorker {
+    /// Its log.
+    pub(super) fn log(&self) -> &Path {
+        &self.log
+    }
+
     /// Starts it; it joins on its own.
     ///
     /// # Errors

@@ -34,11 +34,11 @@ pub use local_worker::WorkerOptions;
 /// Its own worker must have joined within this: it looks at its devices and warms its sandbox first.
 const WORKER_JOINS: Duration = Duration::from_secs(60);
 /// Jobs get so long to end when the head stops, …
-const DRAIN: Duration = Duration::from_millis(3000);
+const DRAIN: Duration = Duration::from_secs(10);
 /// … nodes so long to leave, …
-const LEAVE: Duration = Duration::from_millis(1000);
+const LEAVE: Duration = Duration::from_secs(4);
 /// … and the tasks of a phase so long to end.
-const PHASE: Duration = Duration::from_millis(500);
+const PHASE: Duration = Duration::from_secs(3);
 /// Five may be lost before a node is.
 const HEARTBEATS_A_LEASE: u32 = 6;
 /// What ranks get between "end" and being ended by force; less than [`DRAIN`].
@@ -71,6 +71,8 @@ pub struct Head {
     runtime_dir: RuntimeDir,
     scheduler: SchedulerHandle,
     worker: Option<LocalWorker>,
+    /// The journal's folder, when it was made for this head alone.
+    own_journal: Option<PathBuf>,
     /// Cancelled when the head is to stop: asked over gRPC, or because a part failed.
     root: CancellationToken,
     deciding: Phase,
@@ -106,7 +108,7 @@ impl Head {
         let grpc = bind(options.ip, options.port, "--port", running.as_ref()).await?;
         let loopback = IpAddr::from([127, 0, 0, 1]);
         let web = bind(loopback, options.http_port, "--http-port", running.as_ref()).await?;
-        let journal = open_journal(&options)?;
+        let (journal, own_journal) = open_journal(&options)?;
         fail_orphans(&journal).map_err(Failure::us)?;
 
         let local = |listener: &TcpListener| listener.local_addr().map_err(Failure::us);
@@ -119,6 +121,7 @@ impl Head {
             for_one_job: options.for_one_job,
         };
         let mut head = Self::assemble(file, runtime_dir, journal, grpc, web)?;
+        head.own_journal = own_journal;
         match head.complete(&options, running.is_some()).await {
             Ok(()) => Ok(head),
             Err(failure) => {
@@ -170,7 +173,16 @@ impl Head {
         shutdown::spawn(&serving.tasks, "metrics sweep", &root, sweeping);
         shutdown::spawn(&serving.tasks, "http", &root, http::serve(web, services.clone(), prometheus));
         shutdown::spawn(&serving.tasks, "grpc", &root, api::serve(grpc, services, &file.token));
-        Ok(Self { file, runtime_dir, scheduler: handle, worker: None, root, deciding, serving })
+        Ok(Self {
+            file,
+            runtime_dir,
+            scheduler: handle,
+            worker: None,
+            own_journal: None,
+            root,
+            deciding,
+            serving,
+        })
     }
 
     /// Starts the local worker, waits for it, and announces the head (H1).
@@ -199,6 +211,14 @@ impl Head {
     #[must_use]
     pub fn file(&self) -> &HeadFile {
         &self.file
+    }
+
+    /// What it wrote for itself alone, and nobody needs once its job has ended well: its worker's log, and its
+    /// journal where another head held the common one.
+    #[must_use]
+    pub fn leftovers(&self) -> Vec<PathBuf> {
+        let log = self.worker.as_ref().map(|worker| worker.log().to_owned());
+        log.into_iter().chain(self.own_journal.clone()).collect()
     }
 
     /// A client of it.
@@ -232,10 +252,11 @@ impl Head {
     }
 
     /// Stops in phases: jobs are cancelled, nodes leave, the scheduler and its recorders end, the services end,
-    /// `head.json` goes (H2). At most some five seconds.
+    /// `head.json` goes (H2). Mostly well below a second; on a loaded machine each phase has its grace. What is
+    /// late is a warning: everything is ended by force then, and what the job came to stays true.
     ///
     /// # Errors
-    /// When a phase did not end in time: a bug.
+    /// When `head.json` cannot be removed.
     pub async fn stop(mut self, why: &str) -> Outcome {
         let mut late = Vec::new();
         if !matches!(tokio::time::timeout(DRAIN, self.scheduler.drain(why.to_owned())).await, Ok(Ok(()))) {
@@ -255,13 +276,10 @@ impl Head {
             }
         }
         let removed = self.runtime_dir.remove_head(self.file.pid).map_err(Failure::operator);
-        match late.as_slice() {
-            [] => removed,
-            late => Err(Failure::us(anyhow::anyhow!(
-                "did not stop in time: {}; please report this",
-                late.join(", ")
-            ))),
+        if !late.is_empty() {
+            tracing::warn!(late = late.join(", "), "did not stop in time and was ended by force");
         }
+        removed
     }
 }
 
@@ -303,13 +321,13 @@ async fn bind(ip: IpAddr, port: u16, option: &str, running: Option<&HeadFile>) -
 }
 
 /// A head for one job goes beside the folder when another head holds it.
-fn open_journal(options: &HeadOptions) -> Outcome<Journal> {
+fn open_journal(options: &HeadOptions) -> Outcome<(Journal, Option<PathBuf>)> {
     match Journal::open(&options.state_dir) {
         Err(JournalError::Busy { path }) if options.for_one_job => {
             let own = path.join(format!("train-{}", std::process::id()));
-            Journal::open(&own).map_err(Failure::operator)
+            Ok((Journal::open(&own).map_err(Failure::operator)?, Some(own)))
         }
-        journal => journal.map_err(Failure::operator),
+        journal => Ok((journal.map_err(Failure::operator)?, None)),
     }
 }
 

@@ -39,9 +39,9 @@ impl OpenJob {
     ) -> Result<Self, StoreError> {
         let Submission { spec, new_job, questions, run_dir, .. } = submission;
         let (checkpoints, logs) = (run_dir.checkpoints().clone(), run_dir.path().join("logs"));
-        let resumed_after = spec.resume.as_ref().map(|point| point.step);
+        let steps = (spec.resume.as_ref().map(|point| point.step), new_job.total_steps);
         let journal = parts.journal.clone();
-        let recorder = Recorder::new(id.to_owned(), &spec.config, resumed_after, run_dir, journal, answers)?;
+        let recorder = Recorder::new(id.to_owned(), &spec.config, steps, run_dir, journal, answers)?;
         let (records, inbox) = mpsc::channel(RECORDS);
         parts.recorders.spawn_blocking(move || {
             if let Err(error) = recorder.run(inbox) {

@@ -101,6 +101,8 @@ impl Scheduler {
             draining: None,
             closed: false,
         };
+        // Whoever asks first finds the gauges there.
+        scheduler.measure();
         (scheduler, handle)
     }
 

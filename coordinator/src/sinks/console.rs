@@ -60,7 +60,7 @@ const FIGURES: &[(&str, &[&str], usize)] = &[
     ("reward", &["critic/score/mean", "critic/rewards/mean"], 3),
     ("acc", &["reward_extra/acc/mean"], 3),
     ("tool calls", &["tool_call_counts/mean", "agent/rollout/avg_tool_calls"], 2),
-    ("KL", &["actor/kl_loss", "actor/ppo_kl"], 5),
+    ("KL", &["actor/kl_loss"], 5),
     ("entropy", &["actor/entropy", "actor/entropy_loss"], 3),
     ("grad", &["actor/grad_norm"], 3),
     ("length", &["response_length/mean"], 1),
@@ -68,12 +68,8 @@ const FIGURES: &[(&str, &[&str], usize)] = &[
 ];
 
 /// Phases of a step with their seconds, in the order they run.
-const PHASES: &[(&str, &str)] = &[
-    ("gen", "timing_s/gen"),
-    ("update", "timing_s/update_actor"),
-    ("save", "timing_s/save_checkpoint"),
-    ("step", "timing_s/step"),
-];
+const PHASES: &[(&str, &str)] =
+    &[("gen", "timing_s/gen"), ("update", "timing_s/update_actor"), ("step", "timing_s/step")];
 
 /// A step in one line: reward, accuracy, tool calls, KL, entropy, lengths, speed, seconds by phase. Figures that
 /// the step does not have are left out.

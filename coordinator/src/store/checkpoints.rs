@@ -5,6 +5,8 @@
 //!
 //! # Invariants
 //! - **K1** A folder named `global_step_N` is complete; whatever is incomplete is named `….tmp`.
+//! - **K3** A folder of a later step than the one a run resumed from is of an abandoned course: it lies below
+//!   `abandoned/` and is never picked.
 //! - **K2** Nothing is resumed whose manifest does not match, byte for byte; the error names the file.
 
 use std::fs::{self, File};
@@ -21,6 +23,9 @@ const MANIFEST: &str = "manifest.json";
 const COORDINATOR: &str = "coordinator.json";
 const TRACKER: &str = "latest_checkpointed_iteration.txt";
 const PREFIX: &str = "global_step_";
+const ABANDONED: &str = "abandoned";
+/// What a step that is written anew displaces, until the new one stands.
+const DISPLACED: &str = ".old.tmp";
 
 /// The coordinator's part of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,6 +34,9 @@ pub struct CoordinatorPart {
     pub point: CheckpointPoint,
     /// Length of `metrics.jsonl` when this was written.
     pub metrics_bytes: u64,
+    /// The job's settings, as JSON; a run resumes only with settings that train the same.
+    #[serde(default)]
+    pub config: serde_json::Value,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -100,6 +108,7 @@ impl Checkpoints {
     /// When the folder cannot be made or read.
     pub fn open(dir: &Path, keep: Option<u32>) -> Result<Self, CheckpointError> {
         fs::create_dir_all(dir).map_err(on("make the checkpoint folder", dir))?;
+        restore_displaced(dir)?;
         for entry in fs::read_dir(dir).map_err(on("list", dir))? {
             let path = entry.map_err(on("list", dir))?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -154,16 +163,52 @@ impl Checkpoints {
         let files = files_below(&from)?;
         let files = files.into_iter().map(|file| entry(&from, file)).collect::<Result<_, _>>()?;
         write_json(&from.join(MANIFEST), &Manifest { format: 1, files })?;
-        let to = self.path(step);
+        let (to, old) = (self.path(step), self.dir.join(format!("{PREFIX}{step}{DISPLACED}")));
         if to.exists() {
-            // A resumed run writes a step anew: the old one goes only when the new one is complete.
-            fs::remove_dir_all(&to).map_err(on("replace", &to))?;
+            // A step that is written anew: the old one is out of the way, but whole, until the new one stands.
+            if old.exists() {
+                fs::remove_dir_all(&old).map_err(on("remove", &old))?;
+            }
+            fs::rename(&to, &old).map_err(on("move aside", &to))?;
         }
         fs::rename(&from, &to).map_err(on("rename into place", &from))?;
         sync_folder(&self.dir).map_err(on("sync", &self.dir))?;
         write_whole(&self.dir.join(TRACKER), step.to_string().as_bytes())?;
-        self.prune()?;
+        // The new checkpoint stands: what cannot be cleaned up is no reason to lose the job.
+        let cleaned = match old.exists() {
+            true => fs::remove_dir_all(&old).map_err(on("remove", &old)).map_err(CheckpointError::from),
+            false => Ok(()),
+        };
+        if let Err(error) = cleaned.and_then(|()| self.prune()) {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            tracing::warn!(step, error, "the checkpoint is committed, but an older one could not be removed");
+        }
         Ok(to)
+    }
+
+    /// Moves the checkpoints after `step` below `abandoned/`, for a run that goes on from `step` (K3); says
+    /// which steps.
+    ///
+    /// # Errors
+    /// When one cannot be moved.
+    pub fn abandon_after(&self, step: u64) -> Result<Vec<u64>, CheckpointError> {
+        let later: Vec<u64> = self.steps()?.into_iter().filter(|&later| later > step).collect();
+        if later.is_empty() {
+            return Ok(later);
+        }
+        let abandoned = self.dir.join(ABANDONED);
+        fs::create_dir_all(&abandoned).map_err(on("make", &abandoned))?;
+        for &step in &later {
+            let name = format!("{PREFIX}{step}");
+            let names = std::iter::once(name.clone()).chain((1u32..).map(|n| format!("{name}.{n}")));
+            if let Some(free) = names.map(|name| abandoned.join(name)).find(|path| !path.exists()) {
+                let path = self.path(step);
+                fs::rename(&path, &free).map_err(on("move aside", &path))?;
+            }
+        }
+        sync_folder(&self.dir).map_err(on("sync", &self.dir))?;
+        write_whole(&self.dir.join(TRACKER), step.to_string().as_bytes())?;
+        Ok(later)
     }
 
     fn prune(&self) -> Result<(), CheckpointError> {
@@ -193,6 +238,30 @@ impl Checkpoints {
     pub fn newest(&self) -> Result<Option<PathBuf>, CheckpointError> {
         Ok(self.steps()?.last().map(|&step| self.path(step)))
     }
+}
+
+/// Puts back a checkpoint that was to be replaced by one that never came, because the head died between the two
+/// renames.
+///
+/// # Errors
+/// When the folder cannot be read or the checkpoint not be renamed.
+pub fn restore_displaced(dir: &Path) -> Result<(), StoreError> {
+    let entries = match fs::read_dir(dir) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(on("list", dir))?,
+    };
+    for entry in entries {
+        let path = entry.map_err(on("list", dir))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let Some(name) = name.strip_suffix(DISPLACED).filter(|name| name.starts_with(PREFIX)) else {
+            continue;
+        };
+        let to = dir.join(name);
+        if !to.exists() {
+            fs::rename(&path, &to).map_err(on("put back", &path))?;
+        }
+    }
+    Ok(())
 }
 
 /// Steps with a committed checkpoint in `dir`, oldest first; none when the folder is absent.
@@ -317,7 +386,7 @@ mod tests {
             seed: 7,
             total_steps: 40,
         };
-        CoordinatorPart { point, metrics_bytes: 123 }
+        CoordinatorPart { point, metrics_bytes: 123, config: serde_json::json!({"seed": 7}) }
     }
 
     fn written(checkpoints: &Checkpoints, step: u64) -> PathBuf {
@@ -377,6 +446,36 @@ mod tests {
         }
         assert_eq!(checkpoints.steps().unwrap(), [10, 30]);
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 3, "two checkpoints and the tracker");
+    }
+
+    #[test]
+    fn a_step_written_anew_replaces_the_old_one_and_later_ones_are_abandoned() {
+        let root = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::open(root.path(), None).unwrap();
+        for step in [1, 2, 2, 3] {
+            verify(&written(&checkpoints, step)).unwrap();
+        }
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 4, "three checkpoints and the tracker");
+        assert_eq!(checkpoints.abandon_after(1).unwrap(), [2, 3]);
+        assert_eq!(checkpoints.steps().unwrap(), [1]);
+        assert_eq!(fs::read_to_string(root.path().join(TRACKER)).unwrap(), "1");
+        written(&checkpoints, 2);
+        assert_eq!(checkpoints.abandon_after(1).unwrap(), [2]);
+        for kept in ["global_step_2", "global_step_2.1", "global_step_3"] {
+            verify(&root.path().join(ABANDONED).join(kept)).unwrap();
+        }
+        assert!(checkpoints.abandon_after(1).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_checkpoint_whose_replacement_never_came_is_put_back() {
+        let root = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::open(root.path(), None).unwrap();
+        let path = written(&checkpoints, 5);
+        fs::rename(&path, root.path().join(format!("{PREFIX}5{DISPLACED}"))).unwrap();
+        let checkpoints = Checkpoints::open(root.path(), None).unwrap();
+        assert_eq!(checkpoints.steps().unwrap(), [5]);
+        verify(&path).unwrap();
     }
 
     #[test]

@@ -38,6 +38,7 @@ impl Checker {
             world_size: config.world_size() as usize,
             rows_per_step: (config.data.train_batch_size * config.agent.num_chains) as usize,
             total_steps: config.trainer.total_training_steps.unwrap(),
+            steps: spec.resume.as_ref().map_or(0, |point| point.step),
             ..Seen::default()
         };
         self.jobs.insert(job.to_owned(), seen);

@@ -29,7 +29,7 @@ pub(crate) struct Temper {
     pub(crate) duplicate: f64,
     /// A rank dies instead of answering.
     pub(crate) die: f64,
-    /// A rank never answers, but lives.
+    /// A rank never answers, but lives; half of these are not heard any more either.
     pub(crate) hang: f64,
     /// A rank attests another hash or version than it should.
     pub(crate) lie: f64,
@@ -64,6 +64,9 @@ pub(crate) struct World {
     nodes: BTreeMap<String, bool>,
     running: BTreeMap<RankId, String>,
     jobs: BTreeSet<JobId>,
+    joined: BTreeSet<RankId>,
+    /// Ranks whose heartbeats have stopped.
+    pub(crate) silent: BTreeSet<RankId>,
 }
 
 pub(crate) fn settings() -> CoreSettings {
@@ -73,6 +76,8 @@ pub(crate) fn settings() -> CoreSettings {
         stop_margin: Duration::from_secs(5),
         train_deadline: Duration::from_secs(60),
         checkpoint_deadline: Duration::from_secs(60),
+        rank_silence: Duration::from_secs(30),
+        cause_margin: Duration::from_secs(2),
         answer_margin: Duration::from_secs(10),
     }
 }
@@ -141,6 +146,8 @@ impl World {
             nodes: BTreeMap::new(),
             running: BTreeMap::new(),
             jobs: BTreeSet::new(),
+            joined: BTreeSet::new(),
+            silent: BTreeSet::new(),
         }
     }
 
@@ -166,6 +173,9 @@ impl World {
     /// Tells the core something now, and does what it decides.
     pub(crate) fn apply(&mut self, event: Event) {
         self.checker.before(&event);
+        if let Event::RankJoined { rank } = &event {
+            self.joined.insert(rank.clone());
+        }
         let decisions = self.state.apply(self.now, event);
         for decision in decisions {
             self.lines.push(lines::line(&decision));
@@ -223,6 +233,12 @@ impl World {
             if waited_enough || self.chance(self.temper.cancel / 12.0) {
                 self.apply(Event::JobCancelled { job, why: "a person asked".to_owned() });
             }
+        }
+        let heard =
+            self.running.keys().filter(|rank| self.joined.contains(rank) && !self.silent.contains(rank));
+        for rank in heard.cloned().collect::<Vec<_>>() {
+            let activity = "all_reduce".to_owned();
+            self.apply(Event::RankHeard { rank, activity, activity_seconds: 0.0 });
         }
         self.apply(Event::Tick);
     }
@@ -351,11 +367,16 @@ impl World {
 
     fn breaks(&mut self, rank: &RankId) -> bool {
         if self.chance(self.temper.hang) {
+            if self.chance(0.5) {
+                self.silent.insert(rank.clone());
+            }
             return true;
         }
         if self.chance(self.temper.die) {
             let rank = rank.clone();
-            if self.chance(0.5) {
+            if self.chance(0.3) {
+                self.collective_fails_beside(&rank);
+            } else if self.chance(0.5) {
                 let message = "CUDA is out of memory".to_owned();
                 let fault = CoreFault { whose: agentfly_common::error::Whose::Operator, message };
                 self.later(Event::RankFailed { rank: rank.clone(), fault });
@@ -364,6 +385,17 @@ impl World {
             return true;
         }
         false
+    }
+
+    /// The other ranks of its job hear of its death first, as a broken collective, and end.
+    fn collective_fails_beside(&mut self, dying: &RankId) {
+        let others = self.running.keys().filter(|rank| rank.job == dying.job && *rank != dying);
+        for rank in others.cloned().collect::<Vec<_>>() {
+            let message = "all_reduce: connection closed by peer".to_owned();
+            let fault = CoreFault { whose: agentfly_common::error::Whose::Outside, message };
+            let said = self.later(Event::RankFailed { rank: rank.clone(), fault });
+            self.at(said, Event::RankExited { rank, cause: "ended with exit code 75".to_owned() });
+        }
     }
 
     fn sample(&mut self, key: ChainKey, version: PolicyVersion) -> Trajectory {

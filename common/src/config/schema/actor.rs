@@ -72,7 +72,7 @@ pub struct Actor {
     pub clip_ratio_c: f64,
     /// Aggregation.
     pub loss_agg_mode: LossAggMode,
-    /// Constant of `seq-mean-token-sum-norm`; `None` is the longest row.
+    /// Constant of `seq-mean-token-sum-norm`, which needs it.
     pub loss_scale_factor: Option<f64>,
     /// Weight of the entropy bonus.
     pub entropy_coeff: f64,
@@ -104,6 +104,14 @@ impl Actor {
         checks.above("actor_rollout_ref.actor.clip_ratio_c", self.clip_ratio_c, 1.0);
         if let Some(factor) = self.loss_scale_factor {
             checks.above("actor_rollout_ref.actor.loss_scale_factor", factor, 0.0);
+        }
+        if self.loss_agg_mode == LossAggMode::SeqMeanTokenSumNorm && self.loss_scale_factor.is_none() {
+            checks.impossible(
+                "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm divides by \
+                 actor_rollout_ref.actor.loss_scale_factor, which is not set"
+                    .to_owned(),
+                "give actor_rollout_ref.actor.loss_scale_factor, such as the longest reply in tokens",
+            );
         }
         checks.finite("actor_rollout_ref.actor.entropy_coeff", self.entropy_coeff);
         checks.at_least("actor_rollout_ref.actor.kl_loss_coef", self.kl_loss_coef, 0.0);

@@ -19,7 +19,7 @@ pub use agent::Agent;
 pub use algorithm::Algorithm;
 pub use data::Data;
 pub use rollout::{Rollout, ValKwargs};
-pub use runtime::{Cluster, Sandbox};
+pub use runtime::Sandbox;
 pub use trainer::Trainer;
 
 use crate::config::checks::Checks;
@@ -40,8 +40,6 @@ pub struct Config {
     pub trainer: Trainer,
     /// Limits of tool calls.
     pub sandbox: Sandbox,
-    /// Liveness of nodes.
-    pub cluster: Cluster,
 }
 
 impl Config {
@@ -53,7 +51,6 @@ impl Config {
         self.actor_rollout_ref.check(checks);
         self.trainer.check(checks);
         self.sandbox.check(checks);
-        self.cluster.check(checks);
         let model = &self.actor_rollout_ref.model.path;
         if let Some(agent_model) = self.agent.model_name_or_path.as_ref().filter(|given| *given != model) {
             checks.impossible(

@@ -46,8 +46,6 @@ pub struct Trainer {
     pub seed: u64,
     /// The run's folder; see `run_dir`.
     pub run_dir: Option<PathBuf>,
-    /// Bit-equal repetition.
-    pub deterministic: bool,
     /// Deadline of a chain.
     pub chain_timeout_seconds: u64,
     /// Deadline of a step's chains.
@@ -128,24 +126,6 @@ impl Trainer {
     pub fn checkpoint_dir(&self) -> PathBuf {
         self.default_local_dir.clone().unwrap_or_else(|| self.run_dir().join("checkpoints"))
     }
-
-    /// Whether a checkpoint is written after `step` of `total` (verl: every `save_freq` and at the last). The
-    /// last step is always written: a trained model is never lost.
-    #[must_use]
-    pub fn saves_at(&self, step: u64, total: u64) -> bool {
-        step == total || due(self.save_freq, step)
-    }
-
-    /// Whether validation runs after `step` of `total`.
-    #[must_use]
-    pub fn tests_at(&self, step: u64, total: u64) -> bool {
-        step == total || due(self.test_freq, step)
-    }
-}
-
-/// Whether `step` is a multiple of a positive frequency.
-fn due(freq: i64, step: u64) -> bool {
-    u64::try_from(freq).is_ok_and(|freq| freq > 0 && step.is_multiple_of(freq))
 }
 
 /// Logger names; those of services that get nothing from us are left out here and listed as notices.
