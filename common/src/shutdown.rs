@@ -25,6 +25,22 @@ pub fn spawn(
     });
 }
 
+/// The exit code a shell shows for a program whose reader went away (128 + SIGPIPE).
+const READER_GONE: i32 = 141;
+
+/// Ends quietly when whoever reads this program's output is gone (`… | head`): `println!` panics then, and a
+/// backtrace would help nobody.
+pub fn end_quietly_on_closed_pipe() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let text = panic.payload().downcast_ref::<String>();
+        if text.is_some_and(|text| text.starts_with("failed printing to") && text.contains("Broken pipe")) {
+            std::process::exit(READER_GONE);
+        }
+        usual(panic);
+    }));
+}
+
 /// Waits for the first of Ctrl-C, SIGTERM and SIGHUP (a closed terminal), and says which.
 ///
 /// # Errors

@@ -14,6 +14,7 @@ use clap::Parser;
 const LAST_WAIT: std::time::Duration = std::time::Duration::from_millis(500);
 
 fn main() -> ExitCode {
+    agentfly_common::shutdown::end_quietly_on_closed_pipe();
     let cli = Cli::parse();
     if let Some(Command::RunBound { parent, program, arguments }) = &cli.command {
         let error = process::exec_bound_to_parent(*parent, program, arguments);

@@ -88,17 +88,18 @@ struct RankArgs {
 
 /// Runs the command line; errors go to stderr, whole, with what to do next.
 pub fn main() -> ExitCode {
+    agentfly_common::shutdown::end_quietly_on_closed_pipe();
     let cli = Cli::parse();
     let quiet = matches!(cli.command, Some(Command::Score(_) | Command::Generate(_) | Command::Warmup(_)));
     let logged = init(LogTo::Stderr, if quiet { "warn" } else { "info" });
-    match logged.map_err(anyhow::Error::from).and_then(|()| dispatch(cli)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            let whose = error.downcast_ref::<RankError>().map_or(Whose::Operator, |error| error.whose);
-            ExitCode::from(whose.exit_code())
-        }
-    }
+    ExitCode::from(conclude(logged.map_err(anyhow::Error::from).and_then(|()| dispatch(cli))))
+}
+
+/// Says what went wrong, if anything; the exit code says who must act.
+fn conclude(ended: anyhow::Result<()>) -> u8 {
+    let Err(error) = ended else { return 0 };
+    eprintln!("error: {error:#}");
+    error.downcast_ref::<RankError>().map_or(Whose::Operator, |error| error.whose).exit_code()
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<()> {
@@ -117,7 +118,9 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
                 threads: args.threads,
                 address: Address(args.address),
             };
-            block_on(crate::rank::run(options))
+            let ended = block_on(crate::rank::run(options));
+            // The device thread may be in the middle of a step: leave without libtorch's destructors.
+            agentfly_c10d::exit_at_once(conclude(ended))
         }
         None => {
             if let Some(parent) = cli.join.die_with_parent {

@@ -248,6 +248,9 @@ choice! {
 /// `agent.tools`: the tools of the worker's registry.
 pub const TOOLS: &[&str] = &["code_interpreter"];
 
+/// `agent.template`: the named chat templates of the worker.
+pub const TEMPLATES: &[&str] = &["qwen2.5", "qwen-chat", "qwen2.5-no-system-tool", "chatml"];
+
 /// AgentFly's tools that are not in the registry.
 pub(crate) const UNSUPPORTED_TOOLS: &[(&str, &str)] = &[
     ("answer", "ends a chain with an answer"),

@@ -38,7 +38,7 @@ pub use aliases::ALIASES;
 pub use batch_plan::{BatchPlan, MicroBatch, batch_plan};
 pub use choices::{
     AdvEstimator, AgentBackend, AgentType, Dtype, KlLossType, Logger, LossAggMode, LrSchedule,
-    PolicyLossMode, REWARDS, ResumeMode, TOOLS,
+    PolicyLossMode, REWARDS, ResumeMode, TEMPLATES, TOOLS,
 };
 pub use compare::{Difference, differences};
 pub use error::{ConfigError, ConfigErrors};

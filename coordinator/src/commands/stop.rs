@@ -65,9 +65,10 @@ fn in_words(stopped: &Stopped) -> String {
 async fn stop(runtime_dir: &RuntimeDir, head: &HeadFile) -> Outcome<Stopped> {
     let mut stopped = Stopped { was_running: false, pid: None, by_force: false };
     // The pid may be another program's by now: only one that answers with our token is asked to stop.
+    // The head of a `train` is that command itself: a signal cancels its job as Ctrl-C does.
     let asked = match Client::to(head).await {
-        Ok(mut client) => client.shutdown("coordinator stop").await.is_ok(),
-        Err(_) => false,
+        Ok(mut client) if !head.for_one_job => client.shutdown("coordinator stop").await.is_ok(),
+        _ => false,
     };
     if let Some(process) = Watched::open(head.pid).map_err(Failure::us)?
         && (asked || is_coordinator(head.pid))
@@ -77,7 +78,8 @@ async fn stop(runtime_dir: &RuntimeDir, head: &HeadFile) -> Outcome<Stopped> {
         let ended = |within| process.ended_within(within);
         if !ended(first).await.map_err(Failure::us)? {
             process.signal(Signal::TERM).map_err(Failure::operator)?;
-            if !ended(NEXT).await.map_err(Failure::us)? {
+            let patience = if head.for_one_job { GRACE } else { NEXT };
+            if !ended(patience).await.map_err(Failure::us)? {
                 stopped.by_force = true;
                 process.signal(Signal::KILL).map_err(Failure::operator)?;
                 if !ended(NEXT).await.map_err(Failure::us)? {

@@ -205,7 +205,16 @@ async fn until_ended(
     events: &mut tonic::Streaming<pb::JobEvent>,
     display: &mut Display,
 ) -> Outcome<pb::Ended> {
-    while let Some(event) = events.message().await? {
+    let lost = |status: tonic::Status| match status.code() {
+        tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Internal => {
+            Failure::outside(anyhow::anyhow!(
+                "the head is gone ({}); start the job again: it resumes from its last checkpoint",
+                status.message()
+            ))
+        }
+        _ => Failure::from(status),
+    };
+    while let Some(event) = events.message().await.map_err(lost)? {
         display.show(&event);
         if let Some(Kind::Ended(ended)) = event.kind {
             return Ok(ended);

@@ -51,9 +51,9 @@ pub struct Summary {
 /// What the metrics file says about the whole run.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Course {
-    /// First validation.
+    /// The validation before the first step.
     pub val_before: Option<f64>,
-    /// Last validation.
+    /// The last validation after a step.
     pub val_after: Option<f64>,
     /// Mean reward of the first ten steps.
     pub reward_first: Option<f64>,
@@ -66,11 +66,11 @@ impl Course {
     #[must_use]
     pub fn of(lines: &[MetricsLine]) -> Self {
         let rewards: Vec<f64> = lines.iter().filter_map(MetricsLine::reward).collect();
-        let validations: Vec<f64> = lines.iter().filter_map(MetricsLine::validation).collect();
+        let validations = || lines.iter().filter_map(|line| Some((line.step, line.validation()?)));
         let n = rewards.len().min(STEPS_AVERAGED);
         Self {
-            val_before: validations.first().copied(),
-            val_after: validations.last().copied(),
+            val_before: validations().find(|(step, _)| *step == 0).map(|(_, accuracy)| accuracy),
+            val_after: validations().rfind(|(step, _)| *step > 0).map(|(_, accuracy)| accuracy),
             reward_first: mean(&rewards[..n]),
             reward_last: mean(&rewards[rewards.len() - n..]),
         }
@@ -101,5 +101,7 @@ mod tests {
         assert_eq!((course.reward_first, course.reward_last), (Some(5.5), Some(10.5)));
         let nothing = Course::of(&[]);
         assert_eq!((nothing.val_before, nothing.reward_first), (None, None));
+        let stopped_early = Course::of(&lines[..3]);
+        assert_eq!((stopped_early.val_before, stopped_early.val_after), (Some(0.25), None));
     }
 }

@@ -11,6 +11,7 @@
 //! - After an error a group is dead; drop it, so that peers which wait for this rank notice at once.
 
 mod error;
+mod exit;
 mod ffi;
 mod group;
 mod optim;
@@ -19,6 +20,7 @@ mod store;
 mod work;
 
 pub use error::{Error, ErrorKind};
+pub use exit::exit_at_once;
 pub use group::{Group, ReduceOp, has_nccl};
 pub use optim::{AdamWHyper, AdamWState, fused_adamw};
 pub use precision::{Float32MatmulPrecision, set_float32_matmul_precision};

@@ -257,15 +257,17 @@ async fn take_seat(job: &Job, reporter: &Reporter, seat: Option<Seat>) -> Result
 #[cfg(test)]
 mod tests {
     use agentfly_agent::rewards::REWARD_NAMES;
+    use agentfly_agent::template::NamedTemplate;
     use agentfly_agent::tools::TOOL_NAMES;
-    use agentfly_common::config::{REWARDS, TOOLS};
+    use agentfly_common::config::{REWARDS, TEMPLATES, TOOLS};
 
     /// Settings are checked by the coordinator, which does not know the agent crate: the two lists must agree.
     #[test]
-    fn every_tool_and_reward_the_settings_allow_exists_and_the_other_way_round() {
+    fn every_tool_reward_and_template_the_settings_allow_exists_and_the_other_way_round() {
         let sorted =
             |names: &[&'static str]| names.iter().copied().collect::<std::collections::BTreeSet<_>>();
         assert_eq!(sorted(TOOLS), sorted(TOOL_NAMES));
+        assert_eq!(sorted(TEMPLATES), sorted(NamedTemplate::NAMES));
         assert_eq!(sorted(REWARDS), sorted(REWARD_NAMES));
     }
 }

@@ -44,12 +44,11 @@ impl Agent {
             self.max_concurrent_chains != Some(0),
             "expected at least 1",
         );
-        let template_named = self.template.as_ref().is_none_or(|name| !name.is_empty());
-        checks.that(
-            "agent.template",
-            template_named,
-            "expected a template's name, or null for the model's own",
-        );
+        if let Some(name) = self.template.as_ref().filter(|name| !choices::TEMPLATES.contains(&name.as_str()))
+        {
+            let why = choices::refuse(name, choices::TEMPLATES, &[]);
+            checks.that("agent.template", false, format!("{name}: {why}; null takes the model's own"));
+        }
         for tool in &self.tools {
             if !choices::TOOLS.contains(&tool.as_str()) {
                 let why = choices::refuse(tool, choices::TOOLS, choices::UNSUPPORTED_TOOLS);
