@@ -155,7 +155,7 @@ async fn logs(args: &JobArgs) -> Outcome<ExitCode> {
 /// An event in a line; progress within a step has none.
 pub(super) fn event_line(event: &pb::JobEvent) -> Option<String> {
     let text = match event.kind.as_ref()? {
-        Kind::State(changed) => format!("{}: {}", changed.state, changed.detail),
+        Kind::State(changed) => stated(&changed.state, &changed.detail),
         Kind::Step(report) => {
             let metrics = report.metrics.clone().into_iter().collect();
             format!("step {}/{}  {}", report.step, report.total_steps, step_line(&metrics))
@@ -166,7 +166,7 @@ pub(super) fn event_line(event: &pb::JobEvent) -> Option<String> {
         }
         Kind::Log(line) if line.level == "info" => line.text.clone(),
         Kind::Log(line) => format!("{}: {}", line.level, line.text),
-        Kind::Ended(ended) => format!("{}: {}", ended.state, ended.detail),
+        Kind::Ended(ended) => stated(&ended.state, &ended.detail),
         Kind::Progress(_) => return None,
     };
     Some(format!("{}  {text}", clock_time(event.unix_seconds)))
@@ -219,4 +219,9 @@ pub(super) fn exit_of(ended: &pb::Ended) -> Outcome<ExitCode> {
         }),
         (_, None) => Err(Failure::us(anyhow::anyhow!("the job failed: {}", ended.detail))),
     }
+}
+
+/// `state: detail`, without saying the state twice.
+fn stated(state: &str, detail: &str) -> String {
+    if detail.starts_with(state) { detail.to_owned() } else { format!("{state}: {detail}") }
 }

@@ -3,11 +3,17 @@
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{ContentArrangement, Table};
 
+/// Columns a table takes at least.
+const NARROWEST: u16 = 60;
+
 /// A table with these headings.
 pub(super) fn table(headings: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_preset(UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header(headings.iter().copied());
+    if table.width().is_some_and(|columns| columns < NARROWEST) {
+        table.set_width(NARROWEST); // a terminal that knows no size, or one where no table fits anyway
+    }
     table
 }
 
