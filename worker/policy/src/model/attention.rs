@@ -194,8 +194,8 @@ pub(crate) fn additive_mask(visible: &Tensor, kind: Kind) -> Result<Tensor, Mode
 const EXPLICIT_TOKENS: i64 = 512;
 
 /// Causal attention written out, for training short rows on CPUs: the fused kernel's backward multiplies one
-/// small block at a time there, and each product's set-up costs more than the product (a step of the tiny
-/// model took 3 times as long). `q` is `[B, heads, L, head_dim]`.
+/// small block at a time there, and each product's set-up costs more than the product (a supervised update of
+/// the tiny model took about half as long again). `q` is `[B, heads, L, head_dim]`.
 fn attend_explicitly(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, ModelError> {
     let (batch, heads, length, head_dim) = q.size4()?;
     let kv_heads = k.size()[1];
