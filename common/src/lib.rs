@@ -1,14 +1,16 @@
 //! What both sides of the wire must agree on: ids, trajectories, sampling, configuration, names of metrics.
 //!
 //! Used by the coordinator, the worker and the tests. No server, no libtorch, no file is opened here except
-//! configuration files that the user named.
+//! configuration files and model directories that the user named.
 #![forbid(unsafe_code)]
 
 pub mod batch;
 pub mod config;
 pub mod error;
 pub mod ids;
+pub mod model_dir;
 pub mod sampling;
+pub mod secret;
 pub mod seed;
 pub mod shutdown;
 pub mod telemetry;

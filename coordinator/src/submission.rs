@@ -13,8 +13,9 @@ use crate::core::event::{CoreFault, JobSpec};
 use crate::data::{Cursor, Dataset, Limits, Order, Row, TEXT_FIELDS};
 use crate::failure::{Failure, Outcome};
 use crate::journal::NewJob;
+use crate::model_check::check_model;
 use crate::store::run_dir::{Opened, RunDir, RunDirError};
-use crate::store::{checkpoints, free_bytes};
+use crate::store::{check_writable, checkpoints, free_bytes};
 
 /// What a checkpoint needs beyond its weights: tokenizer, manifest, and room to breathe.
 const SPARE_BYTES: u64 = 64 << 20;
@@ -130,25 +131,19 @@ fn lexically_clean(path: &Path) -> PathBuf {
 /// What is wrong, and what to do.
 pub fn check(config: &Config) -> Outcome<Checked> {
     preflight(config)?;
+    let model = check_model(config)?;
     let questions = Questions::load(config)?;
     let plan = batch_plan(config, Some(questions.train_rows() as u64)).map_err(Failure::operator)?;
-    check_room(config)?;
+    for dir in [config.trainer.run_dir(), config.trainer.checkpoint_dir()] {
+        check_writable(&dir).map_err(Failure::operator)?;
+    }
+    check_room(config, model.weight_bytes())?;
     Ok(Checked { questions, plan })
 }
 
 /// One checkpoint must fit: weights as exported, plus f32 master weights and both moments of AdamW: seven times a
 /// bf16 model.
-fn check_room(config: &Config) -> Outcome {
-    let model = &config.actor_rollout_ref.model.path;
-    let entries = std::fs::read_dir(model).map_err(|e| {
-        Failure::operator(anyhow::Error::from(e).context(format!("could not list {}", model.display())))
-    })?;
-    let weights: u64 = entries
-        .filter_map(Result::ok)
-        .filter(|entry| entry.path().extension().is_some_and(|ext| ext == "safetensors"))
-        .filter_map(|entry| std::fs::metadata(entry.path()).ok())
-        .map(|found| found.len())
-        .sum();
+fn check_room(config: &Config, weights: u64) -> Outcome {
     let (dir, need_bytes) =
         (config.trainer.checkpoint_dir(), weights.saturating_mul(7).saturating_add(SPARE_BYTES));
     let free = free_bytes(&dir).map_err(Failure::operator)?;
@@ -164,18 +159,41 @@ fn check_room(config: &Config) -> Outcome {
     Ok(())
 }
 
-impl Submission {
-    /// Checks a job and opens its folder.
+/// A job whose settings and files are in order, before anything of it is written.
+pub struct Proposal {
+    spec: JobSpec,
+    questions: Questions,
+    total_steps: u64,
+}
+
+impl Proposal {
+    /// Checks a job.
     ///
     /// # Errors
     /// What is wrong, and what to do.
-    pub fn prepare(config: Config, working_dir: &Path) -> Outcome<Self> {
+    pub fn check(config: Config, working_dir: &Path) -> Outcome<Self> {
         let config = with_absolute_paths(config, working_dir);
         let Checked { questions, .. } = check(&config)?;
         let (train_rows, validation_rows) = (questions.train_rows(), questions.validation_rows());
         let validation_sources = questions.validation.iter().map(|row| row.data_source.clone()).collect();
         let spec = JobSpec { config, train_rows, validation_rows, validation_sources, resume: None };
         let total_steps = JobPlan::of(&spec).map_err(core_failure)?.total_steps;
+        Ok(Self { spec, questions, total_steps })
+    }
+
+    /// What the scheduler must agree to before [`Proposal::open`]: a job that is refused leaves no folder behind
+    /// and moves none aside.
+    #[must_use]
+    pub fn spec(&self) -> &JobSpec {
+        &self.spec
+    }
+
+    /// Opens the job's folder.
+    ///
+    /// # Errors
+    /// When another job holds it, or the checkpoint to resume from cannot be used.
+    pub fn open(self) -> Outcome<Submission> {
+        let Self { spec, questions, total_steps } = self;
         let config = &spec.config;
         let holder = format!("a job of {}/{}", config.trainer.project_name, config.trainer.experiment_name);
         let opened = RunDir::open(config, total_steps, &holder).map_err(run_dir_failure)?;
@@ -191,7 +209,7 @@ impl Submission {
             total_steps,
         };
         let spec = JobSpec { resume, ..spec };
-        Ok(Self { spec, new_job, questions, run_dir, notes })
+        Ok(Submission { spec, new_job, questions, run_dir, notes })
     }
 }
 

@@ -11,7 +11,7 @@ use tonic::{Request, Response, Status};
 use super::Services;
 use crate::failure::Failure;
 use crate::journal::JournalError;
-use crate::submission::Submission;
+use crate::submission::Proposal;
 
 /// Events on their way to a watcher.
 const EVENTS_AHEAD: usize = 64;
@@ -22,10 +22,31 @@ fn failed(error: JournalError) -> Status {
     Status::from(&Failure::us(error))
 }
 
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| Status::internal(e.to_string()))
+}
+
 impl Services {
     fn job(&self, id: &str) -> Result<pb::JobInfo, Status> {
         let unknown = || Status::not_found(format!("there is no job {id}; `coordinator jobs` lists them"));
         self.journal.job(id).map_err(failed)?.ok_or_else(unknown)
+    }
+
+    /// What the journal says of jobs, with what those that are open are doing right now.
+    async fn live(&self, mut jobs: Vec<pb::JobInfo>) -> Vec<pb::JobInfo> {
+        // A scheduler that has ended knows of no open job: the journal has the last word.
+        let mut details = self.scheduler.details().await.unwrap_or_default();
+        for job in &mut jobs {
+            if let Some(detail) = details.remove(&job.job_id) {
+                job.detail = detail;
+            }
+        }
+        jobs
+    }
+
+    /// All jobs, for gRPC and HTTP.
+    pub async fn job_list(&self) -> Result<Vec<pb::JobInfo>, JournalError> {
+        Ok(self.live(self.journal.jobs()?).await)
     }
 
     /// Status of this head, for gRPC and HTTP.
@@ -59,20 +80,22 @@ impl Jobs for Services {
         let pb::SubmitRequest { config_json, working_dir } = request.into_inner();
         let config: Config = serde_json::from_str(&config_json)
             .map_err(|e| Status::invalid_argument(format!("the job's configuration cannot be read: {e}")))?;
-        let prepared =
-            tokio::task::spawn_blocking(move || Submission::prepare(config, Path::new(&working_dir)));
-        let submission = prepared.await.map_err(|e| Status::internal(e.to_string()))?;
-        let submission = submission.map_err(|failure| Status::from(&failure))?;
-        let id = self.scheduler.submit(submission).await.map_err(|failure| Status::from(&failure))?;
+        let refused = |failure: Failure| Status::from(&failure);
+        let checked = blocking(move || Proposal::check(config, Path::new(&working_dir)));
+        let proposal = checked.await?.map_err(refused)?;
+        self.scheduler.may_submit(proposal.spec().clone()).await.map_err(refused)?;
+        let submission = blocking(move || proposal.open()).await?.map_err(refused)?;
+        let id = self.scheduler.submit(submission).await.map_err(refused)?;
         Ok(Response::new(self.job(&id)?))
     }
 
     async fn list(&self, _: Request<pb::ListRequest>) -> Result<Response<pb::ListReply>, Status> {
-        Ok(Response::new(pb::ListReply { jobs: self.journal.jobs().map_err(failed)? }))
+        Ok(Response::new(pb::ListReply { jobs: self.job_list().await.map_err(failed)? }))
     }
 
     async fn show(&self, request: Request<pb::JobRef>) -> Result<Response<pb::JobInfo>, Status> {
-        Ok(Response::new(self.job(&request.into_inner().job_id)?))
+        let job = self.job(&request.into_inner().job_id)?;
+        self.live(vec![job]).await.pop().map(Response::new).ok_or_else(|| Status::internal("a job vanished"))
     }
 
     async fn watch(&self, request: Request<pb::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {

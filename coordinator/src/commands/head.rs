@@ -36,13 +36,12 @@ pub(super) async fn run(args: HeadArgs) -> Outcome<ExitCode> {
         signal = signals.nth(1) => return signal.map(|_| ExitCode::from(CANCELLED)),
     };
     println!("head ready at {} (http://{})", head.file().address, head.file().http_address);
-    let (why, ended) = tokio::select! {
-        signal = signals.nth(1) => (signal?, Ok(())),
-        ended = head.until_stopped() => ("asked to stop", ended),
+    let why = tokio::select! {
+        signal = signals.nth(1) => signal?,
+        () = head.until_stopped() => "asked to stop",
     };
     tracing::info!(why, "stopping");
-    let stopped = head.stop(&format!("the head is stopping ({why})")).await;
-    ended.and(stopped)?;
+    head.stop(&format!("the head is stopping ({why})")).await?;
     Ok(ExitCode::SUCCESS)
 }
 

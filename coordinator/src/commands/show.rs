@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use agentfly_proto::v1 as pb;
 use pb::job_event::Kind;
@@ -14,6 +15,11 @@ use crate::commands::tables::{duration, gib, table};
 use crate::failure::{Failure, Outcome};
 use crate::sinks::console::{step_line, validation_line};
 use crate::views::{JobView, NodeView, StatusView};
+
+/// After a cancelling everything must be freed within this.
+pub(super) const CANCEL_DEADLINE: Duration = Duration::from_secs(30);
+/// Widest text in a table's cell.
+const CELL_CHARACTERS: usize = 72;
 
 pub(super) async fn status(args: ShowArgs) -> Outcome<ExitCode> {
     let Some(mut client) = Client::find(args.address.as_deref()).await? else {
@@ -82,11 +88,21 @@ pub(super) async fn jobs(args: ShowArgs) -> Outcome<ExitCode> {
             format!("{}/{}", job.step, job.total_steps),
             job.ranks.to_string(),
             duration(job.seconds),
-            job.detail,
+            in_a_cell(&job.detail),
         ]);
     }
     println!("{rows}");
     Ok(ExitCode::SUCCESS)
+}
+
+/// The first line of a text, not wider than a table can bear; `job show` has the rest.
+fn in_a_cell(text: &str) -> String {
+    let first = text.lines().next().unwrap_or_default();
+    match first.char_indices().nth(CELL_CHARACTERS) {
+        Some((end, _)) => format!("{}…", &first[..end]),
+        None if first.len() < text.len() => format!("{first} …"),
+        None => first.to_owned(),
+    }
 }
 
 pub(super) async fn job(command: JobCommand) -> Outcome<ExitCode> {
@@ -95,21 +111,45 @@ pub(super) async fn job(command: JobCommand) -> Outcome<ExitCode> {
             let job = client(&args).await?.show(args.id).await?;
             show_job(job, args.show.json)
         }
-        JobCommand::Cancel(args) => {
-            let job = client(&args).await?.cancel(args.id).await?;
-            if args.show.json {
-                print_json(&JobView::brief(job))?;
-            } else {
-                println!("{} is {}", job.job_id, job.state);
-            }
-            Ok(ExitCode::SUCCESS)
-        }
+        JobCommand::Cancel(args) => cancel(&args).await,
         JobCommand::Logs(args) => logs(&args).await,
     }
 }
 
 async fn client(args: &JobArgs) -> Outcome<Client> {
     Client::need(args.show.address.as_deref()).await
+}
+
+/// Cancels a job and waits until it is over.
+async fn cancel(args: &JobArgs) -> Outcome<ExitCode> {
+    let mut client = client(args).await?;
+    client.cancel(args.id.clone()).await?;
+    let mut events = client.watch(args.id.clone(), 0).await?;
+    let over = async {
+        while let Some(event) = events.message().await? {
+            if matches!(event.kind, Some(Kind::Ended(_))) {
+                break;
+            }
+        }
+        Outcome::Ok(())
+    };
+    let Ok(over) = tokio::time::timeout(CANCEL_DEADLINE, over).await else {
+        return Err(still_there(&args.id));
+    };
+    over?;
+    let job = JobView::brief(client.show(args.id.clone()).await?);
+    match args.show.json {
+        true => print_json(&job)?,
+        false => println!("{} is {} ({})", job.job_id, job.state, in_a_cell(&job.detail)),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What is said of a job that outlives its cancelling.
+pub(super) fn still_there(job: &str) -> Failure {
+    let text =
+        format!("{job} did not end within {CANCEL_DEADLINE:?} of its cancelling; `coordinator stop` ends it");
+    Failure::us(anyhow::anyhow!(text))
 }
 
 fn show_job(job: pb::JobInfo, as_json: bool) -> Outcome<ExitCode> {
@@ -224,4 +264,17 @@ pub(super) fn exit_of(ended: &pb::Ended) -> Outcome<ExitCode> {
 /// `state: detail`, without saying the state twice.
 fn stated(state: &str, detail: &str) -> String {
     if detail.starts_with(state) { detail.to_owned() } else { format!("{state}: {detail}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_with_many_last_words_does_not_break_the_table() {
+        assert_eq!(in_a_cell("waiting for 2 CPU ranks"), "waiting for 2 CPU ranks");
+        assert_eq!(in_a_cell("rank 0 failed\n  line two"), "rank 0 failed …");
+        let wide = in_a_cell(&"é".repeat(300));
+        assert_eq!((wide.chars().count(), wide.ends_with('…')), (CELL_CHARACTERS + 1, true));
+    }
 }

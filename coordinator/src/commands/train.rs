@@ -3,7 +3,6 @@
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
 use agentfly_common::config::{Config, Notice};
 use agentfly_proto::v1 as pb;
@@ -11,7 +10,7 @@ use pb::job_event::Kind;
 
 use super::head::default_state_dir;
 use super::progress::Display;
-use super::show::exit_of;
+use super::show::{CANCEL_DEADLINE, exit_of, still_there};
 use super::signals::Signals;
 use super::tables::{change, duration, figure, table};
 use super::{CANCELLED, settings};
@@ -22,9 +21,6 @@ use crate::head::{Head, HeadOptions, WorkerOptions};
 use crate::runtime_dir::RuntimeDir;
 use crate::store::summary::Summary;
 use crate::submission::{check, with_absolute_paths};
-
-/// After Ctrl-C everything must be freed within this.
-const CANCEL_DEADLINE: Duration = Duration::from_secs(30);
 
 pub(super) async fn run(args: TrainArgs) -> Outcome<ExitCode> {
     let resolved = settings(&args.settings)?;
@@ -193,12 +189,6 @@ async fn follow(client: &mut Client, job: &pb::JobInfo, signals: &Signals) -> Ou
         conclude(&summary);
     }
     exit_of(&ended)
-}
-
-fn still_there(job: &str) -> Failure {
-    let text =
-        format!("{job} did not end within {CANCEL_DEADLINE:?} of its cancelling; `coordinator stop` ends it");
-    Failure::us(anyhow::anyhow!(text))
 }
 
 async fn until_ended(

@@ -8,6 +8,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use tokio::process::{Child, Command};
+use tokio::time::Instant;
 
 use crate::client::TOKEN;
 use crate::failure::Failure;
@@ -16,6 +17,12 @@ use crate::runtime_dir::HeadFile;
 
 /// Lines of the worker's log that an error shows.
 const LAST_WORDS: usize = 12;
+/// How long a worker that ended stays away at first; doubled each time it ends again soon, …
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// … up to this.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// One that lived so long has recovered.
+const RECOVERED_AFTER: Duration = Duration::from_secs(120);
 
 /// What the worker offers.
 #[derive(Debug, Clone)]
@@ -57,7 +64,11 @@ impl WorkerOptions {
 
 /// The running worker.
 pub(super) struct LocalWorker {
+    options: WorkerOptions,
+    head: HeadFile,
     child: Child,
+    started: Instant,
+    pause: Duration,
     log: PathBuf,
 }
 
@@ -76,27 +87,28 @@ impl LocalWorker {
         std::fs::create_dir_all(&logs)?;
         let log = logs.join(format!("worker-{}.log", head.pid));
         let out = std::fs::File::create(&log)?;
-        let mut command = Command::new(&options.binder);
-        command
-            .arg("run-bound")
-            .arg(std::process::id().to_string())
-            .arg(&options.program)
-            .args(["--join", &head.address])
-            .args(["--num-gpus", &options.num_gpus.to_string()])
-            .args(["--num-cpu-ranks", &options.num_cpu_ranks.to_string()]);
-        if let Some(cpus) = options.num_cpus {
-            command.args(["--num-cpus", &cpus.to_string()]);
-        }
-        command
-            .env(TOKEN, &head.token)
-            .stdin(Stdio::null())
-            .stdout(out.try_clone()?)
-            .stderr(out)
-            // A Ctrl-C on the terminal is for the head, which ends its worker in order.
-            .process_group(0)
-            .kill_on_drop(true);
-        let child = command.spawn()?;
-        Ok(Self { child, log })
+        let child = spawn(options, head, out)?;
+        let (options, head) = (options.clone(), head.clone());
+        Ok(Self { options, head, child, started: Instant::now(), pause: FIRST_PAUSE, log })
+    }
+
+    /// Starts it again after it has ended, at the end of the pause that its record asks for. Cancel safe: nothing
+    /// is started before the pause is over.
+    ///
+    /// # Errors
+    /// When its log cannot be opened or the program not be started; it may be called again.
+    pub(super) async fn start_again(&mut self) -> anyhow::Result<()> {
+        let pause = match self.started.elapsed() >= RECOVERED_AFTER {
+            true => FIRST_PAUSE,
+            false => self.pause,
+        };
+        self.pause = (pause * 2).min(LONGEST_PAUSE);
+        self.started = Instant::now();
+        tokio::time::sleep(pause).await;
+        let out = std::fs::File::options().append(true).create(true).open(&self.log)?;
+        self.child = spawn(&self.options, &self.head, out)?;
+        self.started = Instant::now();
+        Ok(())
     }
 
     /// Returns when it has ended, with its last words.
@@ -138,4 +150,27 @@ impl LocalWorker {
             }
         }
     }
+}
+
+fn spawn(options: &WorkerOptions, head: &HeadFile, out: std::fs::File) -> anyhow::Result<Child> {
+    let mut command = Command::new(&options.binder);
+    command
+        .arg("run-bound")
+        .arg(std::process::id().to_string())
+        .arg(&options.program)
+        .args(["--join", &head.address])
+        .args(["--num-gpus", &options.num_gpus.to_string()])
+        .args(["--num-cpu-ranks", &options.num_cpu_ranks.to_string()]);
+    if let Some(cpus) = options.num_cpus {
+        command.args(["--num-cpus", &cpus.to_string()]);
+    }
+    command
+        .env(TOKEN, &head.token)
+        .stdin(Stdio::null())
+        .stdout(out.try_clone()?)
+        .stderr(out)
+        // A Ctrl-C on the terminal is for the head, which ends its worker in order.
+        .process_group(0)
+        .kill_on_drop(true);
+    Ok(command.spawn()?)
 }

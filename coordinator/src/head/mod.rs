@@ -235,20 +235,28 @@ impl Head {
         self.root.clone()
     }
 
-    /// Waits until it is to stop.
-    ///
-    /// # Errors
-    /// When its own worker ended.
-    pub async fn until_stopped(&mut self) -> Outcome {
+    /// Waits until it is to stop. A worker of its own that ends meanwhile (killed, out of memory) takes its
+    /// ranks' jobs with it, and is started again: the head and the other nodes go on.
+    pub async fn until_stopped(&mut self) {
         let root = self.root.clone();
-        match &mut self.worker {
-            None => root.cancelled().await,
-            Some(worker) => tokio::select! {
-                () = root.cancelled() => {}
-                failure = worker.failed() => return Err(failure),
-            },
+        let worker = &mut self.worker;
+        let looking_after = async {
+            let Some(worker) = worker else { return std::future::pending::<()>().await };
+            loop {
+                let failure = worker.failed().await;
+                tracing::error!("{failure}; it is started again");
+                while let Err(error) = worker.start_again().await {
+                    tracing::error!(
+                        error = format!("{error:#}"),
+                        "the head's own worker could not be started"
+                    );
+                }
+            }
+        };
+        tokio::select! {
+            () = root.cancelled() => {}
+            () = looking_after => {}
         }
-        Ok(())
     }
 
     /// Stops in phases: jobs are cancelled, nodes leave, the scheduler and its recorders end, the services end,

@@ -55,7 +55,7 @@ async fn status(State(pages): State<Pages>) -> Response {
 }
 
 async fn jobs(State(pages): State<Pages>) -> Response {
-    match pages.services.journal.jobs() {
+    match pages.services.job_list().await {
         Ok(jobs) => Json(jobs.into_iter().map(JobView::brief).collect::<Vec<_>>()).into_response(),
         Err(error) => failed(&error),
     }

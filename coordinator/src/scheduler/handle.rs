@@ -1,11 +1,13 @@
 //! The scheduler's handle: what sessions, people and the stopping head may ask of it. Hides the channel.
 
+use std::collections::BTreeMap;
+
 use agentfly_common::trajectory::Trajectory;
 use agentfly_proto::v1 as pb;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::sessions::Outbox;
-use crate::core::event::{Event, JobId, NodeFacts, NodeId, RankId};
+use crate::core::event::{Event, JobId, JobSpec, NodeFacts, NodeId, RankId};
 use crate::failure::{Failure, Outcome};
 use crate::submission::Submission;
 
@@ -43,6 +45,10 @@ pub(super) enum Message {
         trajectory: Box<Trajectory>,
         taken: oneshot::Sender<bool>,
     },
+    MaySubmit {
+        spec: Box<JobSpec>,
+        reply: oneshot::Sender<Outcome>,
+    },
     Submit {
         submission: Box<Submission>,
         reply: oneshot::Sender<Outcome<JobId>>,
@@ -52,6 +58,8 @@ pub(super) enum Message {
         why: String,
         reply: oneshot::Sender<bool>,
     },
+    /// What each open job is doing.
+    Details(oneshot::Sender<BTreeMap<JobId, String>>),
     Nodes(oneshot::Sender<Vec<pb::NodeInfo>>),
     Drain {
         why: String,
@@ -161,6 +169,15 @@ impl SchedulerHandle {
         self.ask(|taken| Message::Uploaded { rank, shard, trajectory, taken }).await
     }
 
+    /// Whether a job would be taken now, before its folder is opened.
+    ///
+    /// # Errors
+    /// Why not: the head is stopping, too many jobs are open, or the cluster could never hold it.
+    pub async fn may_submit(&self, spec: JobSpec) -> Outcome {
+        let spec = Box::new(spec);
+        self.ask(|reply| Message::MaySubmit { spec, reply }).await.map_err(Failure::outside)?
+    }
+
     /// Queues a job.
     ///
     /// # Errors
@@ -176,6 +193,14 @@ impl SchedulerHandle {
     /// When the head is stopping.
     pub async fn cancel(&self, job: JobId, why: String) -> Result<bool, Gone> {
         self.ask(|reply| Message::Cancel { job, why, reply }).await
+    }
+
+    /// What each open job is doing right now, in words.
+    ///
+    /// # Errors
+    /// When the head is stopping.
+    pub async fn details(&self) -> Result<BTreeMap<JobId, String>, Gone> {
+        self.ask(Message::Details).await
     }
 
     /// All nodes, for people.

@@ -177,6 +177,10 @@ impl Scheduler {
                 let _ = taken.send(known);
                 Ok(())
             }
+            Message::MaySubmit { spec, reply } => {
+                let _ = reply.send(self.may_submit(&spec));
+                Ok(())
+            }
             Message::Submit { submission, reply } => self.submit(*submission, reply).await,
             Message::Cancel { job, why, reply } => {
                 let known = self.jobs.contains_key(&job);
@@ -184,6 +188,11 @@ impl Scheduler {
                     self.apply(Event::JobCancelled { job, why }).await?;
                 }
                 let _ = reply.send(known);
+                Ok(())
+            }
+            Message::Details(reply) => {
+                let jobs = self.core.view().jobs.into_iter();
+                let _ = reply.send(jobs.map(|job| (job.job, job.detail)).collect());
                 Ok(())
             }
             Message::Nodes(reply) => {

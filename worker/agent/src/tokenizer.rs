@@ -7,6 +7,7 @@
 
 use std::path::{Path, PathBuf};
 
+use agentfly_common::model_dir::{ModelDirError, chat_template};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
@@ -28,6 +29,9 @@ pub enum TokenizerError {
         /// What is wrong with it.
         cause: String,
     },
+    /// The chat template's file is there and cannot be read.
+    #[error(transparent)]
+    Dir(Box<ModelDirError>),
     /// The vocabulary lacks a token the chain loop relies on, or does not call it special.
     #[error("tokenizer in {}: token {token:?} is {problem}; chats need it as an added token with \"special\": true", path.display())]
     SpecialToken {
@@ -76,9 +80,7 @@ impl ChatTokenizer {
         let tokenizer = Tokenizer::from_file(&path)
             .map_err(|e| TokenizerError::File { path: path.clone(), cause: e.to_string() })?;
         let config = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
-        let template_path = dir.join("chat_template.jinja");
-        let own_file = read_text(&template_path)?;
-        let chat_template = own_file.or_else(|| configured_template(&config));
+        let chat_template = chat_template(dir).map_err(|e| TokenizerError::Dir(Box::new(e)))?;
         Self::new(tokenizer, &config, chat_template, &path)
     }
 
@@ -298,17 +300,6 @@ fn read_json(path: &Path) -> Result<Option<Value>, TokenizerError> {
 fn configured_token(config: &Value, name: &str) -> Option<String> {
     let value = config.get(name)?;
     value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
-}
-
-/// `chat_template` is a string, or a list of named templates of which `default` is the chat one.
-fn configured_template(config: &Value) -> Option<String> {
-    let value = config.get("chat_template")?;
-    if let Some(text) = value.as_str() {
-        return Some(text.to_owned());
-    }
-    let named =
-        value.as_array()?.iter().find(|t| t.get("name").and_then(Value::as_str) == Some("default"))?;
-    named.get("template")?.as_str().map(str::to_owned)
 }
 
 #[cfg(test)]

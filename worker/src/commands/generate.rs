@@ -8,8 +8,9 @@ use agentfly_agent::tokenizer::ChatTokenizer;
 use agentfly_common::ids::PolicyVersion;
 use agentfly_common::sampling::{Generation, SamplingParams, StopReason};
 use agentfly_policy::engine::{Engine, EngineConfig, TurnRequest};
+use agentfly_policy::model::ModelConfig;
 use agentfly_policy::placement::{Place, open, set_up};
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use serde::Serialize;
 
 use super::DtypeArg;
@@ -87,9 +88,16 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
 }
 
 fn sample(args: &GenerateArgs, prompt_ids: &[u32], stop_ids: Vec<u32>) -> anyhow::Result<Generation> {
+    let trained = ModelConfig::from_dir(&args.model)?.max_position_embeddings;
+    let trained = usize::try_from(trained).unwrap_or(usize::MAX);
+    ensure!(
+        prompt_ids.len() < trained,
+        "the prompt has {} tokens with its template, and the model was trained for {trained} \
+         (max_position_embeddings), answer included; shorten the prompt",
+        prompt_ids.len()
+    );
     set_up(args.threads, args.device)?;
     let decoder = open(&args.model, args.dtype.into(), args.device)?;
-    let trained = usize::try_from(decoder.config().max_position_embeddings).unwrap_or(usize::MAX);
     let window = trained.min(prompt_ids.len() + args.max_tokens as usize);
     let limits = EngineConfig { max_slots: 1, max_tokens_per_chain: window, max_prefill_tokens: window };
     let mut engine = Engine::new(limits, decoder.config());

@@ -120,13 +120,12 @@ async fn start_device(
         DtypeChoice::Float32 => Dtype::F32,
         DtypeChoice::Bfloat16 => Dtype::Bf16,
     };
-    let (dir, window, slots) = (model_dir.to_path_buf(), rollout.max_model_len, rollout.max_num_seqs);
+    let (dir, rollout) = (model_dir.to_path_buf(), rollout.clone());
     let make = move || {
         set_up(threads, place)?;
         let decoder = open(&dir, dtype, place)?;
-        let trained = u32::try_from(decoder.config().max_position_embeddings).unwrap_or(u32::MAX);
-        let window = window.unwrap_or(trained).min(trained);
-        let limits = engine_config(decoder.config(), slots as usize, window as usize);
+        let window = decoder.config().window(&rollout)?;
+        let limits = engine_config(decoder.config(), rollout.max_num_seqs as usize, window as usize);
         tracing::info!(slots = limits.max_slots, window, "KV cache planned");
         let engine = Engine::new(limits, decoder.config());
         Ok(Device { decoder, engine, policy_version, extra: (None, window) })

@@ -3,9 +3,9 @@
 //! What must stay true: both ways give a token the same attention to the same tokens, so that a rollout's
 //! log-probs are the learner's up to rounding.
 
+use agentfly_common::model_dir::ModelConfig;
 use tch::{Device, Kind, Tensor};
 
-use super::config::ModelConfig;
 use super::error::ModelError;
 use super::rope::Rotation;
 

@@ -5,10 +5,10 @@
 
 use std::path::Path;
 
+use agentfly_common::model_dir::{ModelConfig, ModelDir};
 use tch::{Device, Kind, Tensor};
 
 use super::attention::{Attention, Linear, RmsNorm, SelfAttention};
-use super::config::ModelConfig;
 use super::error::ModelError;
 use super::load;
 use super::parameters::Parameters;
@@ -52,9 +52,9 @@ impl Decoder {
     /// # Errors
     /// Names the file and the key or tensor that is missing, extra or misshapen.
     pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<Self, ModelError> {
-        let config = ModelConfig::from_dir(dir)?;
-        let named = load::read_weights(dir, &config, kind, device)?;
-        Self::from_named(config, named, kind, device)
+        let model = ModelDir::inspect(dir)?;
+        let named = load::read_weights(&model, kind, device)?;
+        Self::from_named(model.config, named, kind, device)
     }
 
     /// Fresh weights as Hugging Face initialises them: matrices N(0, `initializer_range`²), norms 1, biases

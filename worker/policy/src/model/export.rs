@@ -7,10 +7,10 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
+use agentfly_common::model_dir::{ModelConfig, ModelDirError, read_object};
 use serde_json::{Map, Value, json};
 use tch::{Kind, Tensor};
 
-use super::config::{ModelConfig, read_object};
 use super::error::ModelError;
 use super::parameters::{element_bytes, for_each_chunk};
 
@@ -90,20 +90,22 @@ fn check(dir: &Path, config: &ModelConfig, named: &[(String, Tensor)]) -> Result
     let kind = named.first().map_or(Kind::Float, |(_, tensor)| tensor.kind());
     for (name, shape) in &expected {
         let Some((_, tensor)) = named.iter().find(|(n, _)| n == name) else {
-            return Err(ModelError::MissingTensor {
+            return Err(ModelDirError::MissingTensor {
                 path: dir.to_owned(),
                 name: name.clone(),
                 shape: shape.clone(),
                 found: named.len(),
-            });
+            }
+            .into());
         };
         if tensor.size() != *shape {
-            return Err(ModelError::ShapeMismatch {
+            return Err(ModelDirError::ShapeMismatch {
                 path: dir.to_owned(),
                 name: name.clone(),
                 found: tensor.size(),
                 expected: shape.clone(),
-            });
+            }
+            .into());
         }
         if tensor.kind() != kind || dtype(kind).is_none() {
             return Err(ModelError::Input {
@@ -120,12 +122,13 @@ fn check(dir: &Path, config: &ModelConfig, named: &[(String, Tensor)]) -> Result
             got: format!("{} tensors, some twice", named.len()),
             needed: format!("{} tensors", expected.len()),
         }),
-        Some((name, tensor)) => Err(ModelError::ExtraTensor {
+        Some((name, tensor)) => Err(ModelDirError::ExtraTensor {
             path: dir.to_owned(),
             name: name.clone(),
             shape: tensor.size(),
             architecture: config.architecture.class_name().to_owned(),
-        }),
+        }
+        .into()),
     }
 }
 

@@ -5,7 +5,6 @@
 //! tied head is stored once, and input faults are errors, never libtorch panics.
 
 mod attention;
-mod config;
 mod decoder;
 mod error;
 mod export;
@@ -14,9 +13,9 @@ mod parameters;
 mod rope;
 mod score;
 
+pub use agentfly_common::model_dir::{Architecture, ModelConfig, RopeScaling};
 pub(crate) use attention::additive_mask;
 pub use attention::{Attention, CacheStep, LayerCache, Rows};
-pub use config::{Architecture, ModelConfig, RopeScaling};
 pub use decoder::Decoder;
 pub use error::ModelError;
 pub use export::export;

@@ -3,9 +3,9 @@
 //!
 //! What must stay true: angles are computed in f32 whatever the model's kind, as `transformers` does.
 
+use agentfly_common::model_dir::{ModelConfig, RopeScaling};
 use tch::{Device, Kind, Tensor};
 
-use super::config::{ModelConfig, RopeScaling};
 use super::error::ModelError;
 
 /// The model's rotation frequencies.

@@ -15,9 +15,10 @@ const HEAD_ROWS: i64 = 256;
 /// Log-prob (natural, temperature 1) of each id given those before it; `None` for the first.
 ///
 /// # Errors
-/// When there is no id, one is not in the vocabulary, or memory is out.
+/// When there is no id, one is not in the vocabulary, there are more than the model was trained for, or memory
+/// is out.
 pub fn score(decoder: &Decoder, ids: &[u32]) -> Result<Vec<Option<f32>>, ModelError> {
-    let vocab = decoder.config().vocab;
+    let (vocab, trained) = (decoder.config().vocab, decoder.config().max_position_embeddings);
     if let Some(id) = ids.iter().find(|&&id| i64::from(id) >= vocab) {
         return Err(ModelError::Input {
             what: "token ids",
@@ -30,6 +31,13 @@ pub fn score(decoder: &Decoder, ids: &[u32]) -> Result<Vec<Option<f32>>, ModelEr
             what: "token ids",
             got: "none".to_owned(),
             needed: "at least one".to_owned(),
+        });
+    }
+    if i64::try_from(ids.len()).is_ok_and(|length| length > trained) {
+        return Err(ModelError::Input {
+            what: "token ids",
+            got: format!("{} ids", ids.len()),
+            needed: format!("at most the {trained} the model was trained for (max_position_embeddings)"),
         });
     }
     let _no_grad = tch::no_grad_guard();

@@ -1,15 +1,19 @@
 //! The shape of a model, read from Hugging Face's `config.json`.
 //!
 //! What must stay true: a key that would change what is computed is either honoured or refused by name;
-//! nothing is guessed.
+//! nothing is guessed; no number in it is so large that listing the tensors overflows or never ends.
 
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::error::ModelError;
+use super::error::ModelDirError;
+use super::json::{Reader, read_object};
 
-/// Families this decoder computes.
+/// More blocks than any model has: bounds the list of tensors that a damaged file can ask for.
+const MAX_LAYERS: i64 = 10_000;
+
+/// Families that can be computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
     /// Llama 2/3, SmolLM2: no biases.
@@ -111,7 +115,7 @@ impl ModelConfig {
     ///
     /// # Errors
     /// Names the file, the key, its value and what is supported.
-    pub fn from_dir(dir: &Path) -> Result<Self, ModelError> {
+    pub fn from_dir(dir: &Path) -> Result<Self, ModelDirError> {
         let path = dir.join("config.json");
         let mut config = Self::from_json(&read_object(&path)?, &path)?;
         let path = dir.join("generation_config.json");
@@ -130,13 +134,14 @@ impl ModelConfig {
     ///
     /// # Errors
     /// As [`Self::from_dir`].
-    pub fn from_json(map: &Map<String, Value>, path: &Path) -> Result<Self, ModelError> {
+    pub fn from_json(map: &Map<String, Value>, path: &Path) -> Result<Self, ModelDirError> {
         let read = Reader { path, map };
         let architecture = read.architecture()?;
         read.only("hidden_act", &json!("silu"), "\"silu\"")?;
         for key in ["mlp_bias", "use_sliding_window"] {
             read.only(key, &json!(false), "false")?;
         }
+        read.only("quantization_config", &Value::Null, "none (weights in F32, BF16 or F16)")?;
         // Qwen2 has its biases whatever this key says.
         if !architecture.qkv_bias() {
             read.only("attention_bias", &json!(false), "false")?;
@@ -169,8 +174,11 @@ impl ModelConfig {
         if config.heads % config.kv_heads != 0 {
             return Err(read.wrong("num_key_value_heads", &format!("a divisor of {heads} heads")));
         }
-        if config.head_dim % 2 != 0 || (!map.contains_key("head_dim") && hidden % heads != 0) {
+        if config.head_dim % 2 != 0 || (read.get("head_dim").is_none() && hidden % heads != 0) {
             return Err(read.wrong("head_dim", "an even number of channels"));
+        }
+        if config.layers > MAX_LAYERS {
+            return Err(read.wrong("num_hidden_layers", &format!("at most {MAX_LAYERS}")));
         }
         Ok(config)
     }
@@ -252,50 +260,8 @@ impl ModelConfig {
     }
 }
 
-/// Reads a file that must hold one JSON object.
-pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>, ModelError> {
-    let text = std::fs::read_to_string(path).map_err(|e| ModelError::io("cannot read", path, e))?;
-    match serde_json::from_str(&text) {
-        Ok(Value::Object(map)) => Ok(map),
-        Ok(_) => Err(ModelError::malformed(path, "is not a JSON object")),
-        Err(e) => Err(ModelError::malformed(path, format!("is not JSON: {e}"))),
-    }
-}
-
-/// Typed access to a JSON object, with errors that name the file and the key.
-struct Reader<'a> {
-    path: &'a Path,
-    map: &'a Map<String, Value>,
-}
-
 impl Reader<'_> {
-    fn get(&self, key: &str) -> Option<&Value> {
-        self.map.get(key).filter(|value| !value.is_null())
-    }
-
-    fn wrong(&self, key: &str, expected: &str) -> ModelError {
-        let problem = match self.get(key) {
-            Some(value) => format!("is {value}"),
-            None => "is missing".to_owned(),
-        };
-        ModelError::Config {
-            path: self.path.to_owned(),
-            key: key.to_owned(),
-            problem,
-            expected: expected.to_owned(),
-        }
-    }
-
-    fn unsupported(&self, key: &str, value: &Value, supported: &'static str) -> ModelError {
-        ModelError::Unsupported {
-            path: self.path.to_owned(),
-            key: key.to_owned(),
-            value: value.to_string(),
-            supported,
-        }
-    }
-
-    fn architecture(&self) -> Result<Architecture, ModelError> {
+    fn architecture(&self) -> Result<Architecture, ModelDirError> {
         const KNOWN: &str = "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM";
         let Some(named) = self.get("architectures") else {
             return Err(self.wrong("architectures", KNOWN));
@@ -306,67 +272,16 @@ impl Reader<'_> {
             .ok_or_else(|| self.unsupported("architectures", named, KNOWN))
     }
 
-    /// The key is absent, or has this one value.
-    fn only(&self, key: &str, value: &Value, supported: &'static str) -> Result<(), ModelError> {
-        match self.get(key) {
-            Some(found) if found != value => Err(self.unsupported(key, found, supported)),
-            _ => Ok(()),
-        }
-    }
-
-    fn optional_positive(&self, key: &str) -> Result<Option<i64>, ModelError> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(value) => match value.as_i64() {
-                Some(number) if number > 0 => Ok(Some(number)),
-                _ => Err(self.wrong(key, "a positive integer")),
-            },
-        }
-    }
-
-    fn positive(&self, key: &str) -> Result<i64, ModelError> {
-        self.optional_positive(key)?.ok_or_else(|| self.wrong(key, "a positive integer"))
-    }
-
-    fn optional_number(&self, key: &str) -> Result<Option<f64>, ModelError> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(value) => match value.as_f64() {
-                Some(number) if number > 0.0 => Ok(Some(number)),
-                _ => Err(self.wrong(key, "a positive number")),
-            },
-        }
-    }
-
-    fn number(&self, key: &str) -> Result<f64, ModelError> {
-        self.optional_number(key)?.ok_or_else(|| self.wrong(key, "a positive number"))
-    }
-
-    fn flag(&self, key: &str, default: bool) -> Result<bool, ModelError> {
-        match self.get(key) {
-            None => Ok(default),
-            Some(value) => value.as_bool().ok_or_else(|| self.wrong(key, "true or false")),
-        }
-    }
-
-    /// No id, one id or a list of ids.
-    fn ids(&self, key: &str) -> Result<Vec<u32>, ModelError> {
-        let one = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-        match self.get(key) {
-            None => Some(Vec::new()),
-            Some(Value::Array(list)) => list.iter().map(one).collect::<Option<Vec<u32>>>(),
-            Some(value) => one(value).map(|id| vec![id]),
-        }
-        .ok_or_else(|| self.wrong(key, "a token id or a list of them"))
-    }
-
     /// Base and stretching, in the older layout (`rope_theta`, `rope_scaling`) or the newer one
     /// (`rope_parameters` holds both).
-    fn rope(&self) -> Result<(f64, Option<RopeScaling>), ModelError> {
-        let object = |key: &str| self.get(key).and_then(Value::as_object);
-        let newer = object("rope_parameters");
+    fn rope(&self) -> Result<(f64, Option<RopeScaling>), ModelDirError> {
+        let object = |key: &str| match self.get(key) {
+            None => Ok(None),
+            Some(value) => value.as_object().map(Some).ok_or_else(|| self.wrong(key, "an object, or null")),
+        };
+        let (newer, older) = (object("rope_parameters")?, object("rope_scaling")?);
         let empty = Map::new();
-        let inner = newer.or_else(|| object("rope_scaling")).unwrap_or(&empty);
+        let inner = newer.or(older).unwrap_or(&empty);
         let inside = Reader { path: self.path, map: inner };
         let theta = match (newer.is_some() && inside.get("rope_theta").is_some(), self.get("rope_theta")) {
             (true, _) => inside.number("rope_theta")?,
@@ -376,6 +291,7 @@ impl Reader<'_> {
         };
         let kind = inside.get("rope_type").or_else(|| inside.get("type"));
         match kind.map(|k| k.as_str().unwrap_or_default()) {
+            None if inside.get("factor").is_some() => Err(inside.wrong("rope_type", "default, llama3")),
             None | Some("default") => Ok((theta, None)),
             Some("llama3") => Ok((
                 theta,

@@ -1,0 +1,63 @@
+//! A Hugging Face model directory, read as far as it can be without libtorch: `config.json`, the headers of the
+//! safetensors files, the tokenizer's files.
+//!
+//! The coordinator calls [`ModelDir::inspect`] before a job is queued, so that a bad directory is refused before
+//! anything starts; the worker loads the weights from where [`ModelDir::inspect`] found them. What must stay
+//! true: a directory that passes describes one model, whole; whatever bytes its files hold, reading them ends in
+//! an error with file, key or tensor, never in a panic, a hang, or weights read from the wrong place.
+
+mod config;
+mod error;
+mod header;
+mod json;
+#[cfg(test)]
+mod tests;
+mod tokenizer;
+mod weights;
+mod window;
+
+use std::path::{Path, PathBuf};
+
+pub use config::{Architecture, ModelConfig, RopeScaling};
+pub use error::ModelDirError;
+pub use json::read_object;
+pub use tokenizer::chat_template;
+pub use weights::{StoredDtype, StoredTensor};
+pub use window::WindowError;
+
+/// A model directory whose configuration and weights belong together.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelDir {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The model.
+    pub config: ModelConfig,
+    /// Its parameters, in the order of [`ModelConfig::tensors`].
+    pub tensors: Vec<StoredTensor>,
+}
+
+impl ModelDir {
+    /// Reads the configuration and the headers of the weights, and holds them against each other.
+    ///
+    /// # Errors
+    /// Names the file and the key or tensor that is missing, extra, misshapen or not supported.
+    pub fn inspect(dir: &Path) -> Result<Self, ModelDirError> {
+        let config = ModelConfig::from_dir(dir)?;
+        let tensors = weights::locate(dir, &config)?;
+        Ok(Self { path: dir.to_owned(), config, tensors })
+    }
+
+    /// Bytes of all parameters as they are stored.
+    #[must_use]
+    pub fn weight_bytes(&self) -> u64 {
+        self.tensors.iter().map(|tensor| tensor.bytes as u64).sum()
+    }
+
+    /// Checks that `tokenizer.json` is a tokenizer whose ids all are in the model's vocabulary.
+    ///
+    /// # Errors
+    /// What is wrong with the file, or the token with the largest id.
+    pub fn check_tokenizer(&self) -> Result<(), ModelDirError> {
+        tokenizer::check(&self.path, self.config.vocab)
+    }
+}

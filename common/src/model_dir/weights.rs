@@ -1,0 +1,163 @@
+//! Which file holds which tensor: safetensors files, one or several, held against the configuration.
+//!
+//! What must stay true: nothing is left out that the configuration calls for, and nothing is in the files that
+//! it does not; only headers are read.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorInfo;
+
+use super::config::ModelConfig;
+use super::error::ModelDirError;
+use super::header::{self, LENGTH_BYTES};
+use super::json::{open, read_object};
+
+/// A kind of number that weights are stored in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StoredDtype {
+    /// 32 bits.
+    F32,
+    /// 16 bits with f32's range.
+    Bf16,
+    /// 16 bits, IEEE 754.
+    F16,
+}
+
+/// Where one parameter of the model lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredTensor {
+    /// Its Hugging Face name.
+    pub name: String,
+    /// The file.
+    pub path: PathBuf,
+    /// How its numbers are stored, little-endian and row-major.
+    pub dtype: StoredDtype,
+    /// The shape the configuration asks for.
+    pub shape: Vec<i64>,
+    /// Its first byte, from the start of the file.
+    pub offset: u64,
+    /// Its length.
+    pub bytes: usize,
+}
+
+/// A tensor of a header, and the byte its offsets count from.
+struct Found {
+    path: PathBuf,
+    data_start: u64,
+    info: TensorInfo,
+}
+
+impl Found {
+    fn shape(&self) -> Vec<i64> {
+        self.info.shape.iter().map(|&dim| i64::try_from(dim).unwrap_or(i64::MAX)).collect()
+    }
+
+    fn stored(self, name: String, expected: Vec<i64>) -> Result<StoredTensor, ModelDirError> {
+        if self.shape() != expected {
+            let found = self.shape();
+            return Err(ModelDirError::ShapeMismatch { path: self.path, name, found, expected });
+        }
+        let dtype = match self.info.dtype {
+            Dtype::F32 => StoredDtype::F32,
+            Dtype::BF16 => StoredDtype::Bf16,
+            Dtype::F16 => StoredDtype::F16,
+            other => {
+                return Err(ModelDirError::Unsupported {
+                    path: self.path,
+                    key: format!("dtype of {name}"),
+                    value: format!("{other:?}"),
+                    supported: "F32, BF16, F16",
+                });
+            }
+        };
+        let (start, end) = self.info.data_offsets;
+        let offset = self.data_start + start as u64;
+        Ok(StoredTensor { name, path: self.path, dtype, shape: expected, offset, bytes: end - start })
+    }
+}
+
+/// Every parameter of `config`, in its order.
+pub(super) fn locate(dir: &Path, config: &ModelConfig) -> Result<Vec<StoredTensor>, ModelDirError> {
+    let mut all = BTreeMap::new();
+    for path in weight_files(dir)? {
+        read_header(&path, &mut all)?;
+    }
+    let found = all.len();
+    let mut tensors = Vec::new();
+    for (name, shape) in config.tensors() {
+        let Some(entry) = all.remove(&name) else {
+            return Err(ModelDirError::MissingTensor { path: dir.to_owned(), name, shape, found });
+        };
+        tensors.push(entry.stored(name, shape)?);
+    }
+    // Derived buffers some exporters write, and the copy of a tied head, say nothing new.
+    all.retain(|name, _| {
+        !(name.ends_with("rotary_emb.inv_freq") || (config.tie_word_embeddings && name == "lm_head.weight"))
+    });
+    match all.into_iter().next() {
+        None => Ok(tensors),
+        Some((name, entry)) => Err(ModelDirError::ExtraTensor {
+            shape: entry.shape(),
+            path: entry.path,
+            name,
+            architecture: config.architecture.class_name().to_owned(),
+        }),
+    }
+}
+
+/// The files that hold the weights: those of the index if there is one, else the single file.
+fn weight_files(dir: &Path) -> Result<BTreeSet<PathBuf>, ModelDirError> {
+    let (index, single) = (dir.join("model.safetensors.index.json"), dir.join("model.safetensors"));
+    if !index.exists() {
+        return Ok(BTreeSet::from([single]));
+    }
+    let map = read_object(&index)?;
+    let weight_map = map
+        .get("weight_map")
+        .and_then(|value| value.as_object())
+        .ok_or_else(|| ModelDirError::malformed(&index, "has no object `weight_map`"))?;
+    let mut files = BTreeSet::new();
+    for (tensor, file) in weight_map {
+        match file.as_str() {
+            Some(file) if !file.contains('/') => files.insert(dir.join(file)),
+            _ => {
+                let reason = format!(
+                    "`weight_map` sends tensor `{tensor}` to {file}, not to a file in the same directory"
+                );
+                return Err(ModelDirError::malformed(&index, reason));
+            }
+        };
+    }
+    if single.exists() && !files.contains(&single) {
+        let reason = "does not name model.safetensors, which is there too: two models in one directory; remove the one that is not meant";
+        return Err(ModelDirError::malformed(&index, reason));
+    }
+    Ok(files)
+}
+
+/// Adds the tensors of one file.
+fn read_header(path: &Path, all: &mut BTreeMap<String, Found>) -> Result<(), ModelDirError> {
+    let (file, file_bytes) = open(path)?;
+    let unreadable = |e| ModelDirError::io("cannot read", path, e);
+    let mut first = [0; LENGTH_BYTES as usize];
+    let beginning = file_bytes.min(LENGTH_BYTES) as usize;
+    file.read_exact_at(&mut first[..beginning], 0).map_err(unreadable)?;
+    let length =
+        header::header_bytes(first, file_bytes).map_err(|reason| ModelDirError::malformed(path, reason))?;
+    let mut text = vec![0; length as usize];
+    file.read_exact_at(&mut text, LENGTH_BYTES).map_err(unreadable)?;
+    let data_start = LENGTH_BYTES + length;
+    let tensors = header::parse(&text, file_bytes - data_start)
+        .map_err(|reason| ModelDirError::malformed(path, reason))?;
+    for (name, info) in tensors {
+        let found = Found { path: path.to_owned(), data_start, info };
+        if let Some(earlier) = all.insert(name.clone(), found) {
+            let reason = format!("tensor `{name}` is in {} too", earlier.path.display());
+            return Err(ModelDirError::malformed(path, reason));
+        }
+    }
+    Ok(())
+}
