@@ -25,6 +25,8 @@ pub enum StopReason {
     Stop,
     /// `max_tokens`, or the engine's window, was reached.
     Length,
+    /// The time its caller gave it was over: the ids are what was sampled by then, maybe none.
+    TimeLimit,
 }
 
 /// What the policy sampled in one turn.

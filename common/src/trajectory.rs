@@ -68,7 +68,7 @@ pub enum Role {
 pub enum Outcome {
     /// By its own doing: its reward counts, whatever it is.
     Finished {
-        /// AgentFly's finish reason.
+        /// The finish reason.
         reason: FinishReason,
     },
     /// By a fault of the machinery (a tool pool that died, say): it is run again and never counts as a
@@ -79,7 +79,7 @@ pub enum Outcome {
     },
 }
 
-/// AgentFly's finish reasons.
+/// AgentFly's finish reasons, and [`FinishReason::Timeout`], which AgentFly has not: its chains have no clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
@@ -91,6 +91,8 @@ pub enum FinishReason {
     MaxTurns,
     /// The token budget of the chain is spent.
     MaxModelLen,
+    /// The chain's own time (`trainer.chain_timeout_seconds`) is spent, and it had sampled something by then.
+    Timeout,
 }
 
 /// What a chain earned: one number, and named parts (`acc`, …).

@@ -177,14 +177,15 @@ fn finish_reason(name: &str) -> Result<FinishReason, WireError> {
         "no_tool_calls" => FinishReason::NoToolCalls,
         "max_turns" => FinishReason::MaxTurns,
         "max_model_len" => FinishReason::MaxModelLen,
+        "timeout" => FinishReason::Timeout,
         other => {
-            return field("Trajectory", "finish_reason", other, "one of AgentFly's finish reasons");
+            return field("Trajectory", "finish_reason", other, "a finish reason");
         }
     })
 }
 
 impl FinishReason {
-    /// AgentFly's word for it.
+    /// Its name on the wire and in files: AgentFly's where AgentFly has it.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -192,6 +193,7 @@ impl FinishReason {
             Self::NoToolCalls => "no_tool_calls",
             Self::MaxTurns => "max_turns",
             Self::MaxModelLen => "max_model_len",
+            Self::Timeout => "timeout",
         }
     }
 }
@@ -344,6 +346,17 @@ mod tests {
             let before = trajectory(tokens);
             let after = Trajectory::try_from(pb::Trajectory::from(&before)).unwrap();
             prop_assert_eq!(before, after);
+        }
+    }
+
+    #[test]
+    fn every_finish_reason_survives_the_wire() {
+        use FinishReason::{MaxModelLen, MaxTurns, NoToolCalls, Terminal, Timeout};
+        for reason in [Terminal, NoToolCalls, MaxTurns, MaxModelLen, Timeout] {
+            let before = Trajectory { outcome: Outcome::Finished { reason }, ..trajectory(Vec::new()) };
+            let sent = pb::Trajectory::from(&before);
+            assert_eq!(sent.finish_reason, reason.name());
+            assert_eq!(Trajectory::try_from(sent).unwrap(), before);
         }
     }
 

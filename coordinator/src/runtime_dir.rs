@@ -237,6 +237,13 @@ mod tests {
     }
 
     #[test]
+    fn a_head_file_prints_without_the_token() {
+        let head = head(1);
+        let printed = format!("{head:?}");
+        assert!(printed.contains(&head.address) && !printed.contains(&head.token), "{printed}");
+    }
+
+    #[test]
     fn a_head_that_is_gone_counts_as_none_and_removes_only_its_own_file() {
         let parent = tempfile::tempdir().unwrap();
         let dir = RuntimeDir::open(parent.path()).unwrap();

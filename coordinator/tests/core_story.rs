@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use agentfly_common::error::Whose;
 use agentfly_common::ids::{ChainKey, PolicyVersion, Purpose};
-use agentfly_common::trajectory::Outcome;
+use agentfly_common::trajectory::{FinishReason, Outcome, Trajectory};
 use agentfly_coordinator::core::event::{CoreFault, Event, JobState, RankId, ResumePoint};
 use agentfly_coordinator::data::Cursor;
-use core_world::{Temper, World, chain, config, job};
+use core_world::{Temper, World, chain, config, job, settings};
 
 const LONG: Duration = Duration::from_secs(2000);
 
@@ -258,32 +258,75 @@ fn an_update_that_changes_nothing_is_a_fault_unless_the_learning_rate_is_zero() 
     assert!(world.lines.iter().any(|line| line.starts_with("job-1 finished step 1")), "{:#?}", world.lines);
 }
 
-fn arrives(world: &mut World, rank: &RankId, shard: u64, (group, index): (u32, u32), fault: Option<&str>) {
+fn arrives(world: &mut World, rank: &RankId, shard: u64, chain: (u32, u32), fault: Option<&str>) {
+    let finished = Outcome::Finished { reason: FinishReason::Terminal };
+    let fault = fault.map(|cause| Outcome::InfrastructureFault { cause: cause.to_owned() });
+    arrives_as(world, rank, shard, chain, fault.unwrap_or(finished));
+}
+
+fn arrives_as(world: &mut World, rank: &RankId, shard: u64, (group, index): (u32, u32), outcome: Outcome) {
     let key = ChainKey { purpose: Purpose::Train, step: 1, group, chain: index };
-    let mut trajectory = Box::new(chain(key, PolicyVersion(0)));
-    if let Some(cause) = fault {
-        trajectory.outcome = Outcome::InfrastructureFault { cause: cause.to_owned() };
-    }
+    let trajectory = Box::new(Trajectory { outcome, ..chain(key, PolicyVersion(0)) });
     world.apply(Event::TrajectoryArrived { rank: rank.clone(), shard, trajectory });
+}
+
+fn rollout_done(world: &mut World, rank: &RankId, shard: u64) {
+    world.apply(Event::RolloutDone { rank: rank.clone(), shard, metrics: BTreeMap::new() });
 }
 
 #[test]
 fn a_group_whose_chain_failed_for_no_fault_of_its_own_is_asked_again_elsewhere() {
     let (mut world, ranks) = two_ranks_roll_out();
     let [zero, one] = &ranks;
-    let done = |world: &mut World, rank: &RankId, shard| {
-        world.apply(Event::RolloutDone { rank: rank.clone(), shard, metrics: BTreeMap::new() });
-    };
     arrives(&mut world, zero, 1, (0, 0), Some("the tool pool died"));
     arrives(&mut world, zero, 1, (0, 1), None);
-    done(&mut world, zero, 1);
+    rollout_done(&mut world, zero, 1);
     assert!(world.lines.iter().any(|line| line == "job-1/1 <- rollout shard=3 step=1 policy=0 2x[(0, 0)]"));
     for index in 0..2 {
         arrives(&mut world, one, 2, (1, index), None);
         arrives(&mut world, one, 3, (0, index), None);
     }
-    done(&mut world, one, 2);
+    rollout_done(&mut world, one, 2);
     assert!(!world.lines.iter().any(|line| line.contains("<- train")), "shard 3 is not done");
-    done(&mut world, one, 3);
+    rollout_done(&mut world, one, 3);
     assert!(world.lines.iter().any(|line| line == "job-1/0 <- train step=1 policy=0"), "{:#?}", world.lines);
+}
+
+#[test]
+fn a_chain_that_ran_out_of_its_own_time_counts_and_is_not_asked_again() {
+    let (mut world, ranks) = two_ranks_roll_out();
+    for (group, rank) in [0, 1].into_iter().zip(&ranks) {
+        let shard = u64::from(group) + 1;
+        arrives_as(&mut world, rank, shard, (group, 0), Outcome::Finished { reason: FinishReason::Timeout });
+        arrives(&mut world, rank, shard, (group, 1), None);
+        rollout_done(&mut world, rank, shard);
+    }
+    assert!(!world.lines.iter().any(|line| line.contains("rollout shard=3")), "{:#?}", world.lines);
+    assert!(world.lines.iter().any(|line| line == "job-1/0 <- train step=1 policy=0"), "{:#?}", world.lines);
+}
+
+#[test]
+fn what_is_asked_again_gets_the_rest_of_the_steps_time() {
+    let (mut world, ranks) = two_ranks_roll_out();
+    let [zero, one] = &ranks;
+    let began = world.now;
+    for index in 0..2 {
+        arrives(&mut world, one, 2, (1, index), None);
+    }
+    rollout_done(&mut world, one, 2);
+    world.now += Duration::from_secs(28);
+    arrives(&mut world, zero, 1, (0, 0), Some("the tool pool died"));
+    arrives(&mut world, zero, 1, (0, 1), None);
+    rollout_done(&mut world, zero, 1);
+    assert!(world.lines.iter().any(|line| line.contains("job-1/1 <- rollout shard=3")), "{:#?}", world.lines);
+    world.run(LONG);
+    let detail = &world.ended["job-1"].detail;
+    assert!(detail.ends_with("trainer.rollout_timeout_seconds=60 is over"), "{detail}");
+    let late = world.now - began;
+    let most =
+        Duration::from_secs(60) + settings().answer_margin + settings().stop_grace + settings().stop_margin;
+    assert!(
+        late <= most + Duration::from_secs(5),
+        "{late:?} after the step began, at most {most:?} and a tick"
+    );
 }

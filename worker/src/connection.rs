@@ -6,6 +6,7 @@ use std::net::UdpSocket;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use agentfly_common::secret::Secret;
 use agentfly_proto::v1::{cluster_client::ClusterClient, trajectories_client::TrajectoriesClient};
 use anyhow::Context as _;
 use backon::{ExponentialBuilder, Retryable as _};
@@ -98,14 +99,14 @@ impl Connection {
 ///
 /// # Errors
 /// The file that cannot be read; or that there is none, and where it was looked for.
-pub fn join_token(file: Option<&Path>) -> anyhow::Result<String> {
+pub fn join_token(file: Option<&Path>) -> anyhow::Result<Secret> {
     if let Some(file) = file {
         let text = std::fs::read_to_string(file)
             .with_context(|| format!("the token file {} cannot be read", file.display()))?;
         return Ok(token_in(&text));
     }
     if let Ok(token) = std::env::var("AGENTFLY_TOKEN") {
-        return Ok(token);
+        return Ok(Secret::new(token));
     }
     let local = runtime_dir().join("head.json");
     std::fs::read_to_string(&local).map(|text| token_in(&text)).map_err(|_| {
@@ -118,10 +119,10 @@ pub fn join_token(file: Option<&Path>) -> anyhow::Result<String> {
 }
 
 /// A token, bare or as a head's file holds it.
-fn token_in(text: &str) -> String {
+fn token_in(text: &str) -> Secret {
     let head: Option<serde_json::Value> = serde_json::from_str(text).ok();
     let token = head.as_ref().and_then(|head| head.get("token")?.as_str());
-    token.unwrap_or(text.trim()).to_owned()
+    Secret::new(token.unwrap_or(text.trim()))
 }
 
 /// Where a head of this user keeps its file; the coordinator's `runtime_dir` says why these places.
@@ -155,8 +156,8 @@ mod tests {
 
     #[test]
     fn a_token_is_read_bare_or_from_a_heads_file() {
-        assert_eq!(token_in("abc\n"), "abc");
-        assert_eq!(token_in(r#"{"pid": 1, "token": "xyz"}"#), "xyz");
+        assert_eq!(token_in("abc\n").expose(), "abc");
+        assert_eq!(token_in(r#"{"pid": 1, "token": "xyz"}"#).expose(), "xyz");
     }
 
     #[test]

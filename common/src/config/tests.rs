@@ -184,6 +184,11 @@ fn settings_that_exclude_each_other_say_the_way_out() {
             vec!["actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm"],
             "give actor_rollout_ref.actor.loss_scale_factor",
         ),
+        (
+            vec!["algorithm.adv_estimator=grpo_passk", "agent.num_chains=1"],
+            "the best chain of a group against the second best, and agent.num_chains=1 gives it one; set \
+             agent.num_chains to 2 or more",
+        ),
         (vec!["agent.max_model_len=100"], "a turn of 1024 tokens does not fit in a chain of 100"),
         (
             vec!["agent.num_chains=8", "actor_rollout_ref.actor.ppo_mini_batch_size=48"],

@@ -1,8 +1,11 @@
 //! Gathering chains: shards of groups go to the ranks, chains come back one by one, groups are complete or
 //! they do not count.
 //!
-//! A chain that ended by a fault of the machinery has no reward. Its group is asked again, as a new shard on
-//! the next rank; chains of the group that were fine are sampled again with the same seeds and counted once.
+//! A chain that ended by a fault of the machinery (a sandbox that broke, an engine that failed) has no reward. Its
+//! group is asked again, as a new shard on the next rank; chains of the group that were fine are sampled again with
+//! the same seeds and counted once. A chain that ran into a limit of its own (turns, tokens, time) would do so
+//! again: it is finished, has a reward and counts like any other. Whatever is asked again, the step's time is
+//! counted from its start.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -197,10 +200,10 @@ impl Job {
     /// Asks a rank for all chains of `groups`.
     fn ask(&mut self, rank: usize, groups: BTreeSet<u32>, desk: &mut Desk<'_>) {
         let shard = self.next_shard;
-        let deadline = self.plan.rollout_deadline;
         let Life::Rollout(rollout) = &mut self.life else {
             return;
         };
+        let deadline = rollout.since + self.plan.rollout_deadline;
         self.next_shard += 1;
         let command = RankCommand::RunRollout {
             shard,
@@ -209,9 +212,9 @@ impl Job {
             policy_version: rollout.policy_version,
             chains: rollout.chains_per_group,
             groups: groups.iter().map(|&group| (group, rollout.groups.row(group))).collect(),
-            deadline,
+            deadline: deadline.saturating_sub(desk.now),
         };
-        rollout.shards.insert(shard, Shard { rank, groups, done: false, deadline: desk.now + deadline });
+        rollout.shards.insert(shard, Shard { rank, groups, done: false, deadline });
         self.command(rank, command, desk);
     }
 

@@ -12,12 +12,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use agentfly_common::ids::PolicyVersion;
 use agentfly_common::sampling::Generation;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout_at};
 
 use crate::engine::{Engine, EngineError, TurnRequest};
 use crate::model::Decoder;
 
 /// Messages that may wait for the device before senders do.
 const MAILBOX_MESSAGES: usize = 1024;
+/// What [`DeviceHandle::admit`] does, for errors.
+const GENERATING: &str = "generating a turn";
 
 /// What the device thread owns.
 #[derive(Debug)]
@@ -63,25 +66,82 @@ pub enum DeviceError {
     Setup(anyhow::Error),
 }
 
+type Answer = oneshot::Receiver<Result<Generation, DeviceError>>;
 type Reply = oneshot::Sender<Result<Generation, DeviceError>>;
 type Job<S> = Box<dyn FnOnce(&mut Device<S>) + Send>;
 
 enum Message<S> {
-    Generate(TurnRequest, Reply),
+    Generate(TurnRequest, Asker),
     Call(Job<S>),
     Stop(oneshot::Sender<()>),
+}
+
+/// Who waits for a turn.
+struct Asker {
+    /// Told when the turn's chain has a slot; then it is taken.
+    admitted: Option<oneshot::Sender<()>>,
+    reply: Reply,
+}
+
+/// What the device does at its next step. Beside the mailbox because it must neither wait nor be lost.
+#[derive(Debug, Default)]
+struct Wishes {
+    /// Chains whose turn ends with what it has.
+    cut: Vec<u64>,
+    /// Chains to forget.
+    released: Vec<u64>,
+}
+
+/// [`Wishes`] of every handle.
+type SharedWishes = Arc<Mutex<Wishes>>;
+
+fn wish(wishes: &SharedWishes, what: impl FnOnce(&mut Wishes)) {
+    what(&mut wishes.lock().unwrap_or_else(PoisonError::into_inner));
+}
+
+/// A turn whose chain has a slot. Dropping it cancels the turn; the chain and its cache stay until
+/// [`DeviceHandle::release`].
+#[derive(Debug)]
+pub struct AdmittedTurn {
+    chain: u64,
+    answer: Answer,
+    wishes: SharedWishes,
+}
+
+impl AdmittedTurn {
+    /// Samples to the turn's end.
+    ///
+    /// # Errors
+    /// When the engine refused the request, the forward pass fails, or the thread has stopped.
+    pub async fn finish(self) -> Result<Generation, DeviceError> {
+        self.answer.await.map_err(|_| DeviceError::Stopped { what: GENERATING })?
+    }
+
+    /// Samples to the turn's end, or to the first decode step after `deadline`: then what is sampled by then,
+    /// maybe nothing, with [`StopReason::TimeLimit`](agentfly_common::sampling::StopReason::TimeLimit).
+    ///
+    /// # Errors
+    /// As [`Self::finish`].
+    pub async fn until(mut self, deadline: Instant) -> Result<Generation, DeviceError> {
+        match timeout_at(deadline, &mut self.answer).await {
+            Ok(answer) => answer.map_err(|_| DeviceError::Stopped { what: GENERATING })?,
+            Err(_) => {
+                wish(&self.wishes, |wishes| wishes.cut.push(self.chain));
+                self.finish().await
+            }
+        }
+    }
 }
 
 /// The way to the device thread; clones share it. When the last one is dropped the thread ends.
 pub struct DeviceHandle<S> {
     mailbox: mpsc::Sender<Message<S>>,
-    /// Chains to release; beside the mailbox because a release must neither wait nor be lost.
-    released: Arc<Mutex<Vec<u64>>>,
+    wishes: SharedWishes,
 }
 
 impl<S> Clone for DeviceHandle<S> {
     fn clone(&self) -> Self {
-        Self { mailbox: self.mailbox.clone(), released: Arc::clone(&self.released) }
+        Self { mailbox: self.mailbox.clone(), wishes: Arc::clone(&self.wishes) }
     }
 }
 
@@ -100,9 +160,9 @@ impl<S: 'static> DeviceHandle<S> {
         make: impl FnOnce() -> anyhow::Result<Device<S>> + Send + 'static,
     ) -> Result<Self, DeviceError> {
         let (mailbox, inbox) = mpsc::channel(MAILBOX_MESSAGES);
-        let released = Arc::new(Mutex::new(Vec::new()));
+        let wishes = SharedWishes::default();
         let (made, ready) = oneshot::channel();
-        let worker = Worker { inbox, released: Arc::clone(&released), running: Vec::new() };
+        let worker = Worker { inbox, wishes: Arc::clone(&wishes), running: Vec::new() };
         let run = move || {
             let what = "setting up the device";
             match catch_unwind(AssertUnwindSafe(make)) {
@@ -119,24 +179,35 @@ impl<S: 'static> DeviceHandle<S> {
         };
         std::thread::Builder::new().name("device".to_owned()).spawn(run).map_err(DeviceError::Spawn)?;
         ready.await.map_err(|_| DeviceError::Stopped { what: "setting up the device" })??;
-        Ok(Self { mailbox, released })
+        Ok(Self { mailbox, wishes })
     }
 
-    /// Samples one turn. Dropping the future cancels it; the chain and its cache stay until [`Self::release`].
+    /// Hands in a turn and waits until its chain has a slot, however long others hold them all. Dropping the
+    /// future withdraws the turn. A turn that the engine refuses is let in, too: its end says why.
     ///
     /// # Errors
-    /// When the engine refuses the request, the forward pass fails, or the thread has stopped.
+    /// When the thread has stopped.
+    pub async fn admit(&self, request: TurnRequest) -> Result<AdmittedTurn, DeviceError> {
+        let (chain, wishes) = (request.chain, Arc::clone(&self.wishes));
+        let ((admitted, admission), (reply, answer)) = (oneshot::channel(), oneshot::channel());
+        let message = Message::Generate(request, Asker { admitted: Some(admitted), reply });
+        self.mailbox.send(message).await.map_err(|_| DeviceError::Stopped { what: GENERATING })?;
+        // An error means that the turn is over already, and the answer says how.
+        let _over = admission.await;
+        Ok(AdmittedTurn { chain, answer, wishes })
+    }
+
+    /// Samples one turn: [`Self::admit`], then [`AdmittedTurn::finish`].
+    ///
+    /// # Errors
+    /// Of both.
     pub async fn generate(&self, request: TurnRequest) -> Result<Generation, DeviceError> {
-        let what = "generating a turn";
-        let (reply, answer) = oneshot::channel();
-        let message = Message::Generate(request, reply);
-        self.mailbox.send(message).await.map_err(|_| DeviceError::Stopped { what })?;
-        answer.await.map_err(|_| DeviceError::Stopped { what })?
+        self.admit(request).await?.finish().await
     }
 
     /// Forgets a chain, at the device's next step.
     pub fn release(&self, chain: u64) {
-        self.released.lock().unwrap_or_else(PoisonError::into_inner).push(chain);
+        wish(&self.wishes, |wishes| wishes.released.push(chain));
     }
 
     /// Runs `f` on the device thread between decode steps; `what` is for errors. It runs to its end even if
@@ -173,14 +244,14 @@ impl<S: 'static> DeviceHandle<S> {
 /// The thread's side.
 struct Worker<S> {
     inbox: mpsc::Receiver<Message<S>>,
-    released: Arc<Mutex<Vec<u64>>>,
-    running: Vec<(u64, Reply)>,
+    wishes: SharedWishes,
+    running: Vec<(u64, Asker)>,
 }
 
 impl<S> Worker<S> {
     fn run(mut self, mut device: Device<S>) {
         loop {
-            self.release(&mut device.engine);
+            self.grant(&mut device.engine);
             let next = if device.engine.has_work() {
                 match self.inbox.try_recv() {
                     Ok(message) => Some(message),
@@ -194,7 +265,7 @@ impl<S> Worker<S> {
                 }
             };
             match next {
-                Some(Message::Generate(request, reply)) => self.submit(&mut device.engine, request, reply),
+                Some(Message::Generate(request, asker)) => self.submit(&mut device.engine, request, asker),
                 Some(Message::Call(job)) => job(&mut device),
                 Some(Message::Stop(done)) => {
                     self.inbox.close();
@@ -208,31 +279,31 @@ impl<S> Worker<S> {
         }
     }
 
-    fn release(&self, engine: &mut Engine) {
-        let chains = std::mem::take(&mut *self.released.lock().unwrap_or_else(PoisonError::into_inner));
-        for chain in chains {
-            engine.release(chain);
-        }
+    fn grant(&self, engine: &mut Engine) {
+        let mut wishes = Wishes::default();
+        wish(&self.wishes, |shared| wishes = std::mem::take(shared));
+        wishes.cut.into_iter().for_each(|chain| engine.cut_short(chain));
+        wishes.released.into_iter().for_each(|chain| engine.release(chain));
     }
 
-    fn submit(&mut self, engine: &mut Engine, request: TurnRequest, reply: Reply) {
-        if reply.is_closed() {
+    fn submit(&mut self, engine: &mut Engine, request: TurnRequest, asker: Asker) {
+        if asker.reply.is_closed() {
             return;
         }
         let chain = request.chain;
         match engine.submit(request) {
-            Ok(()) => self.running.push((chain, reply)),
-            Err(error) => drop(reply.send(Err(error.into()))),
+            Ok(()) => self.running.push((chain, asker)),
+            Err(error) => drop(asker.reply.send(Err(error.into()))),
         }
     }
 
     /// One decode step, without the turns nobody waits for any more.
     fn step(&mut self, device: &mut Device<S>) {
-        self.running.retain(|(chain, reply)| {
-            if reply.is_closed() {
+        self.running.retain(|(chain, asker)| {
+            if asker.reply.is_closed() {
                 device.engine.cancel(*chain);
             }
-            !reply.is_closed()
+            !asker.reply.is_closed()
         });
         let Device { decoder, engine, policy_version, .. } = device;
         let outcome = catch_unwind(AssertUnwindSafe(|| engine.step(decoder, *policy_version)));
@@ -241,15 +312,16 @@ impl<S> Worker<S> {
                 for (chain, result) in ended {
                     self.answer(chain, result.map_err(DeviceError::from));
                 }
+                self.announce_admissions(engine);
                 return;
             }
             Ok(Err(error)) => error.to_string(),
             Err(panic) => panic_text(&*panic),
         };
         tracing::error!(turns = self.running.len(), error = failure, "decode step failed");
-        for (chain, reply) in std::mem::take(&mut self.running) {
+        for (chain, asker) in std::mem::take(&mut self.running) {
             engine.cancel(chain);
-            let _caller_is_gone = reply.send(Err(DeviceError::Step(failure.clone())));
+            let _caller_is_gone = asker.reply.send(Err(DeviceError::Step(failure.clone())));
         }
         // A step that stopped half-way may have left half a cache.
         engine.forget_weights();
@@ -257,8 +329,17 @@ impl<S> Worker<S> {
 
     fn answer(&mut self, chain: u64, result: Result<Generation, DeviceError>) {
         if let Some(place) = self.running.iter().position(|(id, _)| *id == chain) {
-            let (_, reply) = self.running.swap_remove(place);
-            let _caller_is_gone = reply.send(result);
+            let (_, asker) = self.running.swap_remove(place);
+            let _caller_is_gone = asker.reply.send(result);
+        }
+    }
+
+    /// Tells those whose chain has a slot by now; the others wait for a chain that ends.
+    fn announce_admissions(&mut self, engine: &Engine) {
+        for (chain, asker) in &mut self.running {
+            if asker.admitted.is_some() && engine.is_admitted(*chain) {
+                let _caller_is_gone = asker.admitted.take().map(|admitted| admitted.send(()));
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 mod support;
 
 use agentfly_common::ids::PolicyVersion;
-use agentfly_common::sampling::SamplingParams;
+use agentfly_common::sampling::{SamplingParams, StopReason};
 use agentfly_policy::device::{Device, DeviceError, DeviceHandle};
 use agentfly_policy::engine::{Engine, EngineConfig, TurnRequest};
 use support::{model, text};
@@ -68,6 +68,48 @@ async fn a_dropped_turn_is_cancelled_and_its_chain_released() {
     let stats = device.call("looking", |device| device.engine.stats()).await.unwrap();
     assert_eq!((stats.chains, stats.decoding, stats.slots_held), (1, 0, 1));
     assert!(stats.decode_tokens < 1900);
+}
+
+#[tokio::test]
+async fn a_turn_is_admitted_when_a_chain_lets_go_of_its_slot() {
+    let device = start().await;
+    let mut admitted = Vec::new();
+    for chain in 0..4 {
+        admitted.push(device.admit(turn(chain, 1900)).await.unwrap());
+    }
+    let mut fifth = Box::pin(device.admit(turn(4, 3)));
+    let mut steps = Vec::new();
+    while steps.first().is_none_or(|first| steps[steps.len() - 1] < first + 3) {
+        tokio::select! {
+            biased;
+            _ = &mut fifth => panic!("five turns were admitted to four slots"),
+            stats = device.call("looking", |device| device.engine.stats()) => {
+                let stats = stats.unwrap();
+                assert_eq!((stats.decoding, stats.waiting), (4, 1));
+                steps.push(stats.steps);
+            }
+        }
+    }
+    let cut = admitted.remove(0).until(tokio::time::Instant::now()).await.unwrap();
+    assert_eq!(cut.stop, StopReason::TimeLimit);
+    assert_eq!(fifth.await.unwrap().finish().await.unwrap().ids.len(), 3);
+    let stats = device.call("looking", |device| device.engine.stats()).await.unwrap();
+    assert_eq!((stats.slots_held, stats.evictions), (4, 1), "the first chain was idle and lost its slot");
+}
+
+#[tokio::test]
+async fn a_turn_past_its_deadline_ends_with_what_it_has() {
+    let device = start().await;
+    let long = device.admit(turn(1, 1900)).await.unwrap();
+    let whole = device.generate(turn(2, 5)).await.unwrap();
+    let cut = long.until(tokio::time::Instant::now()).await.unwrap();
+    assert!(cut.ids.len() >= 4 && cut.ids.len() < 1900, "{} tokens", cut.ids.len());
+    assert_eq!((cut.stop, cut.policy_version), (StopReason::TimeLimit, PolicyVersion(2)));
+    assert_eq!(cut.log_probs.len(), cut.ids.len());
+    assert_eq!(whole.stop, StopReason::Length);
+    let later = tokio::time::Instant::now() + std::time::Duration::from_secs(60);
+    let next = device.admit(turn(1, 2)).await.unwrap().until(later).await.unwrap();
+    assert_eq!((next.ids.len(), next.stop), (2, StopReason::Length), "the chain goes on");
 }
 
 #[tokio::test]

@@ -323,6 +323,34 @@ fn distribution(logits: &[f64], sampling: &SamplingParams) -> Vec<f64> {
 }
 
 #[test]
+fn a_turn_cut_short_keeps_its_tokens_and_its_chain_goes_on_from_them() {
+    let decoder = model("qwen2", 1);
+    let mut engine = engine(&decoder, 1);
+    let prompt = text(7, 1);
+    engine.submit(turn(1, prompt.clone(), greedy(50))).unwrap();
+    engine.submit(turn(2, prompt.clone(), greedy(3))).unwrap();
+    for _ in 0..6 {
+        assert!(engine.step(&decoder, PolicyVersion(3)).unwrap().is_empty());
+    }
+    assert!(engine.is_admitted(1) && !engine.is_admitted(2));
+    engine.cut_short(1);
+    engine.cut_short(2);
+    engine.cut_short(3);
+    let ended = run(&mut engine, &decoder);
+    let expected = greedy_by_hand(&decoder, &prompt, 10);
+    assert_eq!(
+        (ended.len(), ended[&1].stop, ended[&1].policy_version),
+        (2, StopReason::TimeLimit, PolicyVersion(3))
+    );
+    let sampled = &ended[&1].ids;
+    assert!(sampled.len() >= 4 && expected.starts_with(sampled), "{sampled:?}");
+    assert_eq!((ended[&2].ids.len(), ended[&2].stop), (0, StopReason::TimeLimit), "it never had a slot");
+    engine.submit(turn(1, Vec::new(), greedy(2))).unwrap();
+    let next = run(&mut engine, &decoder);
+    assert_eq!(next[&1].ids, expected[sampled.len()..sampled.len() + 2]);
+}
+
+#[test]
 fn tokens_are_drawn_from_the_distribution_asked_for() {
     let decoder = model("qwen2", 12);
     let prompt = text(6, 2);

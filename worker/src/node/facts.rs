@@ -1,5 +1,6 @@
 //! What a node has: cores, memory, devices. Asked for more than there is, it refuses with the numbers.
 
+use agentfly_common::secret::Secret;
 use agentfly_proto::v1::{Device, NodeHello};
 
 /// How a node is started.
@@ -8,7 +9,7 @@ pub struct NodeOptions {
     /// The coordinator, `host:port`.
     pub join: String,
     /// What the coordinator's calls must carry.
-    pub token: String,
+    pub token: Secret,
     /// Which devices it offers.
     pub devices: DeviceRequest,
     /// CPU cores it offers; `None`: all it may run on.
@@ -98,6 +99,19 @@ mod tests {
         devices(DeviceRequest { gpus, cpu_ranks }, present, built)
             .map(|d| d.iter().map(|d| format!("{}:{}", d.kind, d.index)).collect())
             .map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn options_print_without_the_token() {
+        let options = NodeOptions {
+            join: "head:6379".into(),
+            token: Secret::new("hunter2"),
+            devices: DeviceRequest { gpus: None, cpu_ranks: None },
+            cpus: None,
+            address: "10.0.0.1".into(),
+        };
+        let printed = format!("{options:?}");
+        assert!(printed.contains("head:6379") && !printed.contains("hunter2"), "{printed}");
     }
 
     #[test]

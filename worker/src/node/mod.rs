@@ -36,18 +36,18 @@ const STOP_GRACE: Duration = Duration::from_secs(3);
 /// When the devices asked for are not there, the coordinator cannot be reached or refuses, or it is lost.
 pub async fn run(options: NodeOptions) -> anyhow::Result<()> {
     let hello = facts::hello(&options)?; // before dialling: a missing device is the operator's to fix
-    let connection = Connection::dial(&options.join, &options.token).await?;
+    let connection = Connection::dial(&options.join, options.token.expose()).await?;
     let (outbox, messages) = mpsc::channel(OUTBOX);
     outbox.send(NodeMessage { kind: Some(Say::Hello(hello)) }).await.context("the outbox is open")?;
-    let mut commands = connection
-        .cluster()
-        .node_session(ReceiverStream::new(messages))
+    let mut cluster = connection.cluster();
+    let late = || format!("{} did not welcome this worker within {WELCOME_DEADLINE:?}", options.join);
+    let opening = cluster.node_session(ReceiverStream::new(messages));
+    let mut commands = tokio::time::timeout(WELCOME_DEADLINE, opening)
         .await
+        .with_context(late)?
         .map_err(|status| anyhow::anyhow!("{} refused this worker: {}", options.join, status.message()))?
         .into_inner();
-    let first = tokio::time::timeout(WELCOME_DEADLINE, commands.message())
-        .await
-        .with_context(|| format!("{} did not welcome this worker in time", options.join))?;
+    let first = tokio::time::timeout(WELCOME_DEADLINE, commands.message()).await.with_context(late)?;
     let welcome = match first.map(|m| m.and_then(|m| m.kind)) {
         Ok(Some(Command::Welcome(welcome))) => welcome,
         Ok(_) => {
@@ -66,7 +66,7 @@ pub async fn run(options: NodeOptions) -> anyhow::Result<()> {
     };
     stop.cancel();
     supervisor.stop_all(STOP_GRACE).await;
-    let _ = beats.await; // it only sleeps and sends
+    beats.abort(); // a send waits for as long as the session is stuck
     match ended {
         Ok(why) => {
             tracing::info!(why, "worker ends");

@@ -17,6 +17,9 @@ use super::NodeOptions;
 /// Lines kept of what a rank said last.
 const LAST_WORDS: usize = 30;
 
+/// How long the coordinator may take to take the report of a rank's end.
+const REPORT_DEADLINE: Duration = Duration::from_secs(30);
+
 /// glibc hands big blocks back to the kernel at once and takes them again page by page; training allocates
 /// and frees gigabytes a second, so that costs more than the arithmetic. Keep them instead.
 const MALLOC_TUNABLES: &str = "glibc.malloc.mmap_threshold=4294967296:\
@@ -57,7 +60,7 @@ impl Supervisor {
             Err(error) => {
                 let log_tail = vec![format!("could not start the rank's process: {error:#}")];
                 let exited = RankExited { rank: Some(id), exit_code: None, signal: None, log_tail };
-                let _ = self.outbox.send(NodeMessage { kind: Some(Say::RankExited(exited)) }).await;
+                report(&self.outbox, exited).await;
             }
         }
     }
@@ -75,7 +78,7 @@ impl Supervisor {
             .args(["--threads", &start.threads.max(1).to_string()])
             .args(["--address", &self.options.address])
             .args(["--parent-pid", &std::process::id().to_string()])
-            .env("AGENTFLY_TOKEN", &self.options.token)
+            .env("AGENTFLY_TOKEN", self.options.token.expose())
             .env("OMP_NUM_THREADS", start.threads.max(1).to_string())
             .env("GLIBC_TUNABLES", MALLOC_TUNABLES)
             .env("TORCH_CPP_LOG_LEVEL", "ERROR") // errors come back as values; c10d's warnings are stack traces
@@ -148,7 +151,15 @@ async fn watch_rank(
     let (exit_code, signal) = (status.code(), status.signal());
     tracing::info!(job = id.job_id, rank = id.rank, ?exit_code, ?signal, "a rank ended");
     let exited = RankExited { rank: Some(id), exit_code, signal, log_tail };
-    let _ = outbox.send(NodeMessage { kind: Some(Say::RankExited(exited)) }).await;
+    report(&outbox, exited).await;
+}
+
+/// Tells the coordinator of a rank's end; a session that is gone or stuck is the node's loop's to notice.
+async fn report(outbox: &mpsc::Sender<NodeMessage>, exited: RankExited) {
+    let message = NodeMessage { kind: Some(Say::RankExited(exited)) };
+    if let Err(error) = outbox.send_timeout(message, REPORT_DEADLINE).await {
+        tracing::warn!(%error, "the coordinator could not be told of a rank's end");
+    }
 }
 
 /// Copies a rank's log to its file and keeps the last lines.

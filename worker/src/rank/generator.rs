@@ -1,10 +1,11 @@
 //! The rollout engine as the chain loop's generator.
 
-use agentfly_agent::chain::{GenerateFault, Generator, TurnInput};
+use agentfly_agent::chain::{GenerateFault, Generator, Sampling, TurnInput};
 use agentfly_common::ids::{ChainKey, Purpose};
 use agentfly_common::sampling::Generation;
-use agentfly_policy::device::DeviceHandle;
+use agentfly_policy::device::{AdmittedTurn, DeviceError, DeviceHandle};
 use agentfly_policy::engine::TurnRequest;
+use tokio::time::Instant;
 
 use super::job::LearnerSeat;
 
@@ -21,9 +22,23 @@ fn number(key: &ChainKey, chain: u32) -> u64 {
     (purpose << 63) | (u64::from(key.group) << 32) | u64::from(chain)
 }
 
+/// [`Sampling`] over a turn on the device.
+struct EngineTurn(AdmittedTurn);
+
+#[async_trait::async_trait]
+impl Sampling for EngineTurn {
+    async fn until(self: Box<Self>, deadline: Instant) -> Result<Generation, GenerateFault> {
+        self.0.until(deadline).await.map_err(fault)
+    }
+}
+
+fn fault(error: DeviceError) -> GenerateFault {
+    GenerateFault { cause: format!("{error:#}") }
+}
+
 #[async_trait::async_trait]
 impl Generator for EngineGenerator {
-    async fn generate(&self, turn: TurnInput<'_>) -> Result<Generation, GenerateFault> {
+    async fn admit(&self, turn: TurnInput<'_>) -> Result<Box<dyn Sampling>, GenerateFault> {
         let request = TurnRequest {
             chain: number(turn.chain, turn.chain.chain),
             group: (turn.turn == 0).then(|| number(turn.chain, 0)),
@@ -31,7 +46,8 @@ impl Generator for EngineGenerator {
             sampling: turn.sampling,
             seed: turn.seed,
         };
-        self.0.generate(request).await.map_err(|error| GenerateFault { cause: format!("{error:#}") })
+        let admitted = self.0.admit(request).await.map_err(fault)?;
+        Ok(Box::new(EngineTurn(admitted)))
     }
 
     fn release(&self, chain: &ChainKey) {

@@ -20,12 +20,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use agentfly_common::error::Whose;
+use agentfly_common::secret::Secret;
 use agentfly_proto::v1::{
     Fault, FormGroup, RankCommand, RankHeartbeat, RankHello, RankId, RankMessage,
     rank_command::Kind as Command, rank_message::Kind as Say,
 };
 use anyhow::anyhow;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::SendTimeoutError;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -38,6 +40,10 @@ pub use setup::{Address, DeviceName};
 const OUTBOX: usize = 256;
 /// How often the rank says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How long the coordinator may take to open a session.
+const SESSION_DEADLINE: Duration = Duration::from_secs(20);
+/// How long messages may wait because the coordinator takes none.
+const SAY_DEADLINE: Duration = Duration::from_secs(60);
 /// How long a last message may take to leave.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -47,7 +53,7 @@ pub struct RankOptions {
     /// The coordinator, `host:port`.
     pub coordinator: String,
     /// What calls must carry.
-    pub token: String,
+    pub token: Secret,
     /// Who it is.
     pub id: RankId,
     /// The device it owns.
@@ -72,13 +78,20 @@ pub struct Reporter {
 }
 
 impl Reporter {
-    /// Queues a message; waits while the session is slow.
+    /// Queues a message; waits while the session is slow, at most a minute.
     ///
     /// # Errors
-    /// When the session is gone.
+    /// When the session is gone, or stuck.
     pub async fn say(&self, kind: Say) -> anyhow::Result<()> {
-        self.outbox.send(RankMessage { kind: Some(kind) }).await.map_err(|_| {
-            anyhow!("the session with the coordinator at {} is closed", self.connection.address())
+        let message = RankMessage { kind: Some(kind) };
+        let coordinator = self.connection.address();
+        self.outbox.send_timeout(message, SAY_DEADLINE).await.map_err(|error| match error {
+            SendTimeoutError::Closed(_) => {
+                anyhow!("the session with the coordinator at {coordinator} is closed")
+            }
+            SendTimeoutError::Timeout(_) => {
+                anyhow!("the coordinator at {coordinator} took no message of this rank for {SAY_DEADLINE:?}")
+            }
         })
     }
 }
@@ -115,17 +128,22 @@ impl RankError {
 /// # Errors
 /// What made it fail; it was reported to the coordinator if that was possible.
 pub async fn run(options: RankOptions) -> anyhow::Result<()> {
-    let connection = Connection::dial(&options.coordinator, &options.token).await?;
+    let connection = Connection::dial(&options.coordinator, options.token.expose()).await?;
     let (outbox, messages) = mpsc::channel(OUTBOX);
     let activity = Activity::new("joining");
     let reporter = Reporter { outbox, connection, id: options.id.clone(), activity };
     let hello = RankHello { rank: Some(options.id.clone()), pid: std::process::id() };
     reporter.say(Say::Hello(hello)).await?;
-    let mut commands = reporter
-        .connection
-        .cluster()
-        .rank_session(ReceiverStream::new(messages))
+    let mut cluster = reporter.connection.cluster();
+    let opening = cluster.rank_session(ReceiverStream::new(messages));
+    let mut commands = tokio::time::timeout(SESSION_DEADLINE, opening)
         .await
+        .map_err(|_| {
+            anyhow!(
+                "the coordinator at {} did not open a session in {SESSION_DEADLINE:?}",
+                options.coordinator
+            )
+        })?
         .map_err(|status| anyhow!("the coordinator refused this rank: {}", status.message()))?
         .into_inner();
     let beats = tokio::spawn(heartbeat(reporter.clone()));
@@ -252,5 +270,26 @@ async fn heartbeat(reporter: Reporter) {
         if reporter.say(Say::Heartbeat(RankHeartbeat { activity, activity_seconds })).await.is_err() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use agentfly_policy::placement::Place;
+
+    use super::*;
+
+    #[test]
+    fn options_print_without_the_token() {
+        let options = RankOptions {
+            coordinator: "head:6379".into(),
+            token: Secret::new("hunter2"),
+            id: RankId::default(),
+            device: DeviceName(Place::Cpu),
+            threads: 1,
+            address: Address("10.0.0.1".into()),
+        };
+        let printed = format!("{options:?}");
+        assert!(printed.contains("head:6379") && !printed.contains("hunter2"), "{printed}");
     }
 }

@@ -46,7 +46,6 @@ impl SandboxPython {
             preload: PRELOADED.map(str::to_owned).to_vec(),
             ..SandboxConfig::new(interpreter()?)
         })?;
-        tracing::info!(tier = ?sandbox.tier(), slots, "sandbox ready");
         Ok(Self(Arc::new(sandbox)))
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Generation, tools and rewards of different chains overlap; the engine batches whatever generates at the
 //! same time. A chain that would fail the same way again fails the shard; a fault of the machinery travels
-//! to the coordinator as such, which asks again.
+//! to the coordinator as such, which asks again; a chain that ran into a limit of its own is finished like any
+//! other, and counted where the limit is one of time.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use agentfly_agent::chain::{ChainError, ChainSpec, question_of, run_chain};
 use agentfly_common::ids::{ChainKey, PolicyVersion, Purpose};
 use agentfly_common::sampling::SamplingParams;
-use agentfly_common::trajectory::Trajectory;
+use agentfly_common::trajectory::{FinishReason, Outcome, Trajectory};
 use agentfly_common::wire::chunks;
 use agentfly_proto::v1::{
     self as pb, RolloutDone, RunRollout, UploadHeader, UploadPart, rank_message::Kind as Say, upload_part,
@@ -29,13 +30,16 @@ const UPLOAD_TRIES: usize = 4;
 /// How long the coordinator may take to accept one trajectory.
 const UPLOAD_DEADLINE: Duration = Duration::from_secs(60);
 
+/// No deadline is further away: sums of instants must not overflow.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+
 /// Runs a shard to its end and reports it.
 pub(super) async fn run(job: Arc<Job>, reporter: Reporter, shard: RunRollout) -> Result<(), RankError> {
     let started = Instant::now();
     let purpose = Purpose::try_from(shard.purpose()).map_err(RankError::us)?;
     let version = PolicyVersion(shard.policy_version);
     job.check_version(version).await?;
-    let chains = chain_specs(&job, &shard, purpose, version)?;
+    let chains = chain_specs(&job, &shard, purpose, version, started)?;
     let total = chains.len();
     reporter.activity.set(format!("rollout of step {}: 0 of {total} chains", shard.step));
     let limit = job.config.agent.max_concurrent_chains.map_or(Semaphore::MAX_PERMITS, |n| n as usize);
@@ -49,14 +53,17 @@ pub(super) async fn run(job: Arc<Job>, reporter: Reporter, shard: RunRollout) ->
                 permits.acquire().await.context("the semaphore is never closed").map_err(RankError::us)?;
             let trajectory = run_chain(&spec, &job.chain_deps).await.map_err(chain_error)?;
             upload(&reporter, shard_id, &trajectory).await?;
-            Ok::<_, RankError>((trajectory.sampled_tokens(), trajectory.timings.generate_seconds))
+            let timed_out = trajectory.outcome == Outcome::Finished { reason: FinishReason::Timeout };
+            Ok::<_, RankError>((trajectory.sampled_tokens(), timed_out))
         });
     }
-    let (mut done, mut sampled_tokens) = (0, 0);
+    let (mut done, mut sampled_tokens, mut timeouts) = (0, 0, 0_u32);
     while let Some(finished) = running.join_next().await {
-        let (tokens, _) = finished.map_err(|e| RankError::us(anyhow!("a chain's task broke: {e}")))??;
+        let (tokens, timed_out) =
+            finished.map_err(|e| RankError::us(anyhow!("a chain's task broke: {e}")))??;
         done += 1;
         sampled_tokens += tokens;
+        timeouts += u32::from(timed_out);
         reporter.activity.set(format!("rollout of step {}: {done} of {total} chains", shard.step));
     }
     let seconds = started.elapsed().as_secs_f64();
@@ -64,6 +71,7 @@ pub(super) async fn run(job: Arc<Job>, reporter: Reporter, shard: RunRollout) ->
         ("rollout/seconds_max".to_owned(), seconds),
         ("rollout/sampled_tokens_total".to_owned(), sampled_tokens as f64),
         ("rollout/chains_total".to_owned(), total as f64),
+        ("rollout/timeout_chains_total".to_owned(), f64::from(timeouts)),
     ];
     reporter
         .say(Say::RolloutDone(RolloutDone {
@@ -80,10 +88,12 @@ fn chain_specs(
     shard: &RunRollout,
     purpose: Purpose,
     policy_version: PolicyVersion,
+    started: Instant,
 ) -> Result<Vec<ChainSpec>, RankError> {
     let sampling = job.sampling(purpose);
-    let time_limit = Duration::from_secs(job.config.trainer.chain_timeout_seconds)
-        .min(Duration::from_secs_f64(shard.deadline_seconds.max(1.0)));
+    let time_limit = Duration::from_secs(job.config.trainer.chain_timeout_seconds).min(LONGEST);
+    let step_seconds = shard.deadline_seconds.clamp(1.0, LONGEST.as_secs_f64());
+    let step_deadline = started + Duration::from_secs_f64(step_seconds);
     let mut specs = Vec::new();
     for group in &shard.groups {
         let row: Arc<serde_json::Map<String, serde_json::Value>> = Arc::new(
@@ -103,6 +113,7 @@ fn chain_specs(
             max_model_len: Some(job.window),
             sampling: SamplingParams::clone(&sampling),
             time_limit,
+            step_deadline,
         }));
     }
     Ok(specs)
@@ -110,7 +121,10 @@ fn chain_specs(
 
 fn chain_error(error: ChainError) -> RankError {
     match error {
-        ChainError::Reward { .. } | ChainError::Template { .. } => RankError::operator(error),
+        ChainError::Reward { .. }
+        | ChainError::Template { .. }
+        | ChainError::NothingSampled { .. }
+        | ChainError::StepOver { .. } => RankError::operator(error),
         ChainError::Tokenizer { .. } | ChainError::Broken(_) => RankError::us(error),
     }
 }

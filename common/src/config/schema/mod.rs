@@ -23,6 +23,7 @@ pub use runtime::Sandbox;
 pub use trainer::Trainer;
 
 use crate::config::checks::Checks;
+use crate::config::choices::AdvEstimator;
 
 /// Everything a job is told.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -51,6 +52,14 @@ impl Config {
         self.actor_rollout_ref.check(checks);
         self.trainer.check(checks);
         self.sandbox.check(checks);
+        if self.algorithm.adv_estimator == AdvEstimator::GrpoPassK && self.agent.num_chains == 1 {
+            checks.impossible(
+                "algorithm.adv_estimator=grpo_passk sets the best chain of a group against the second best, and \
+                 agent.num_chains=1 gives it one"
+                    .to_owned(),
+                "set agent.num_chains to 2 or more",
+            );
+        }
         let model = &self.actor_rollout_ref.model.path;
         if let Some(agent_model) = self.agent.model_name_or_path.as_ref().filter(|given| *given != model) {
             checks.impossible(

@@ -46,9 +46,9 @@ pub struct Trainer {
     pub seed: u64,
     /// The run's folder; see `run_dir`.
     pub run_dir: Option<PathBuf>,
-    /// Deadline of a chain.
+    /// A chain's own time, without its wait for the engine.
     pub chain_timeout_seconds: u64,
-    /// Deadline of a step's chains.
+    /// Deadline of a step's chains, waits and repeats included.
     pub rollout_timeout_seconds: u64,
     /// Deadline of the ranks' start.
     pub startup_timeout_seconds: u64,

@@ -4,8 +4,9 @@
 //! [`Generator`]. What must stay true: sampled ids enter the trajectory as they were sampled and everything else
 //! is outside the loss; every token of a chain comes from one policy version; a fault of the machinery ends as
 //! [`agentfly_common::trajectory::Outcome::InfrastructureFault`], never as a reward of 0; every wait ends by
-//! the chain's deadline.
+//! the chain's own limit or its step's deadline, and a chain that reached its own limit keeps what it sampled.
 
+mod clock;
 mod record;
 mod row;
 mod run;
@@ -20,6 +21,7 @@ use agentfly_common::seed::JobSeed;
 use agentfly_common::trajectory::BrokenTrajectory;
 use async_trait::async_trait;
 use serde_json::{Map, Value};
+use tokio::time::Instant;
 
 use crate::agents::Agent;
 use crate::rewards::{RewardFault, RewardFunction};
@@ -59,14 +61,27 @@ pub struct GenerateFault {
 /// Samples turns: the rollout engine, or a script in tests.
 #[async_trait]
 pub trait Generator: Send + Sync {
-    /// Samples one turn: at least one id, at most `sampling.max_tokens`.
+    /// Waits until the engine has room for one more turn and begins to sample this one. The wait is not the
+    /// chain's own time: its clock stands still. Dropping the future withdraws the turn.
     ///
     /// # Errors
     /// The engine's fault; the chain is run again.
-    async fn generate(&self, turn: TurnInput<'_>) -> Result<Generation, GenerateFault>;
+    async fn admit(&self, turn: TurnInput<'_>) -> Result<Box<dyn Sampling>, GenerateFault>;
 
     /// The chain is over: what the engine keeps for it may go. Called once a chain, also when it is cancelled.
     fn release(&self, chain: &ChainKey);
+}
+
+/// A turn that the engine has let in. Dropping it cancels the turn.
+#[async_trait]
+pub trait Sampling: Send {
+    /// Samples to the turn's end: at least one id, at most `sampling.max_tokens`. When `deadline` passes first,
+    /// what is sampled by then, maybe nothing, with
+    /// [`StopReason::TimeLimit`](agentfly_common::sampling::StopReason::TimeLimit).
+    ///
+    /// # Errors
+    /// The engine's fault; the chain is run again.
+    async fn until(self: Box<Self>, deadline: Instant) -> Result<Generation, GenerateFault>;
 }
 
 /// One chain to run.
@@ -90,8 +105,12 @@ pub struct ChainSpec {
     pub max_model_len: Option<u32>,
     /// How each turn is sampled.
     pub sampling: SamplingParams,
-    /// The whole chain, reward included, takes at most this long; then it is an infrastructure fault.
+    /// The chain's own time (`trainer.chain_timeout_seconds`): sampling once the engine has let it in, tools, and
+    /// the reward. Then it finishes as [`agentfly_common::trajectory::FinishReason::Timeout`] with the tokens it
+    /// has; its reward still gets a minute.
     pub time_limit: Duration,
+    /// When the step's time (`trainer.rollout_timeout_seconds`) is over, waits for the engine included.
+    pub step_deadline: Instant,
 }
 
 /// What chains of one job share.
@@ -141,6 +160,34 @@ pub enum ChainError {
         key: ChainKey,
         /// Why.
         source: RewardFault,
+    },
+    /// The chain's own time passed and there is nothing to train on.
+    #[error(
+        "{key} (row {prompt_id:?}): its {limit_seconds} s passed before it had sampled one token, while it waited for \
+         {waited_for}; raise trainer.chain_timeout_seconds"
+    )]
+    NothingSampled {
+        /// The chain.
+        key: ChainKey,
+        /// The row.
+        prompt_id: String,
+        /// Its limit.
+        limit_seconds: f64,
+        /// What it waited for.
+        waited_for: &'static str,
+    },
+    /// The step's time passed before the chain ended.
+    #[error(
+        "{key} (row {prompt_id:?}): the time of the step was over while this chain waited for {waited_for}; raise \
+         trainer.rollout_timeout_seconds, or give a step fewer chains (data.train_batch_size, agent.num_chains)"
+    )]
+    StepOver {
+        /// The chain.
+        key: ChainKey,
+        /// The row.
+        prompt_id: String,
+        /// What it waited for.
+        waited_for: &'static str,
     },
     /// The finished chain breaks an invariant.
     #[error(transparent)]

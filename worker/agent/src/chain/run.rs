@@ -1,11 +1,11 @@
 //! The chain loop itself: asks [`super::state`] what is next, and does it.
 
-use std::time::Duration;
-
 use agentfly_common::ids::ChainKey;
+use agentfly_common::sampling::{Generation, StopReason};
 use agentfly_common::trajectory::{FinishReason, Message, Outcome, Reward, Role, Timings, Trajectory};
 use tokio::time::Instant;
 
+use super::clock::{Clock, Overdue};
 use super::record::Record;
 use super::state::{AfterTurn, Limits};
 use super::{ChainDeps, ChainError, ChainSpec, Generator, TurnInput};
@@ -14,32 +14,36 @@ use crate::rewards::{RewardFault, RewardInput};
 use crate::template::{FittedObservations, Next, TemplateError, ToolReply, to_python_json_indented};
 use crate::tools::{ToolContext, ToolStatus};
 
+/// What a chain waits for while it samples.
+const ENGINE: &str = "the rollout engine";
+
 /// Why a chain stops before its own end.
 enum Stop {
     /// The machinery failed: run it again.
     Fault(String),
+    /// Its own time is over, while it waited for this.
+    OutOfTime(&'static str),
     /// It would fail again.
     Error(ChainError),
 }
 
 /// Runs one chain to its end: AgentFly's loop of generation, parsing and tools, then the reward.
 ///
-/// Faults of the engine, a tool's machinery or the reward's, and a passed deadline come back as a trajectory
-/// with [`Outcome::InfrastructureFault`].
+/// Faults of the engine, a tool's machinery or the reward's come back as a trajectory with
+/// [`Outcome::InfrastructureFault`]. A chain whose own time is over finishes as [`FinishReason::Timeout`]: with the
+/// turn that was being sampled as far as it got, and without the tool call that was running.
 ///
 /// # Errors
-/// What would fail the same way again: the template, the row, or a broken invariant.
+/// What would fail the same way again: the template, the row, a broken invariant, a chain that sampled nothing
+/// in its time, or a step whose time is over.
 pub async fn run_chain(spec: &ChainSpec, deps: &ChainDeps) -> Result<Trajectory, ChainError> {
     let _release = Release { generator: deps.generator.as_ref(), chain: spec.key };
     let started = Instant::now();
-    let mut run = Run::new(spec, deps, started)?;
-    let ended = match run.turns().await {
-        Ok(reason) => run.score().await.map(|reward| (reason, reward)),
-        Err(stop) => Err(stop),
-    };
-    let (outcome, reward) = match ended {
+    let mut run = Run::new(spec, deps)?;
+    let (outcome, reward) = match run.play_out().await {
         Ok((reason, reward)) => (Outcome::Finished { reason }, reward),
         Err(Stop::Fault(cause)) => (Outcome::InfrastructureFault { cause }, Reward::default()),
+        Err(Stop::OutOfTime(waited_for)) => return Err(run.nothing_sampled(waited_for)),
         Err(Stop::Error(error)) => return Err(error),
     };
     run.timings.total_seconds = started.elapsed().as_secs_f64();
@@ -80,11 +84,12 @@ struct Run<'a> {
     record: Record,
     messages: Vec<Message>,
     timings: Timings,
-    deadline: Instant,
+    clock: Clock,
 }
 
 impl<'a> Run<'a> {
-    fn new(spec: &'a ChainSpec, deps: &'a ChainDeps, started: Instant) -> Result<Self, ChainError> {
+    fn new(spec: &'a ChainSpec, deps: &'a ChainDeps) -> Result<Self, ChainError> {
+        let clock = Clock::start(spec.time_limit, spec.step_deadline);
         let schemas = deps.tools.schemas();
         let system = match &deps.system_prompt {
             Some(text) => {
@@ -108,8 +113,16 @@ impl<'a> Run<'a> {
             max_model_len: spec.max_model_len,
             max_tokens: spec.sampling.max_tokens,
         };
-        let deadline = started + spec.time_limit;
-        Ok(Self { spec, deps, limits, record, messages, timings: Timings::default(), deadline })
+        Ok(Self { spec, deps, limits, record, messages, timings: Timings::default(), clock })
+    }
+
+    /// Turns, then the reward. Running out of time ends the turns and not the chain, if it sampled anything.
+    async fn play_out(&mut self) -> Result<(FinishReason, Reward), Stop> {
+        let reason = match self.turns().await {
+            Err(Stop::OutOfTime(_)) if self.timings.turns > 0 => FinishReason::Timeout,
+            ended => ended?,
+        };
+        Ok((reason, self.score().await?))
     }
 
     async fn turns(&mut self) -> Result<FinishReason, Stop> {
@@ -118,9 +131,11 @@ impl<'a> Run<'a> {
                 Ok(max_tokens) => max_tokens,
                 Err(reason) => return Ok(reason),
             };
+            if self.clock.is_over() {
+                return Err(Stop::OutOfTime("its next turn"));
+            }
             let text = self.generate(max_tokens).await?;
             let parsed = self.deps.agent.parse(&text);
-            self.messages.push(Message { role: Role::Assistant, content: text, tool: None });
             match self.limits.after_turn(parsed, self.record.len()) {
                 AfterTurn::Finish(reason) => return Ok(reason),
                 AfterTurn::Call(calls) => {
@@ -132,8 +147,30 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Samples one turn; returns its text.
+    /// Samples one turn and records it; returns its text.
     async fn generate(&mut self, max_tokens: u32) -> Result<String, Stop> {
+        let (spec, turn) = (self.spec, self.timings.turns);
+        let asked = Instant::now();
+        let sampled = self.sample(max_tokens).await;
+        self.timings.generate_seconds += asked.elapsed().as_secs_f64();
+        let generation = sampled?;
+        let cut_short = generation.stop == StopReason::TimeLimit;
+        if cut_short && generation.ids.is_empty() {
+            return Err(Stop::OutOfTime(ENGINE));
+        }
+        let recorded = self.record.sample(&generation, spec.policy_version, max_tokens);
+        recorded.map_err(|broken| Stop::Fault(format!("turn {turn}: {broken}")))?;
+        self.timings.turns += 1;
+        let text = self.deps.template.tokenizer().decode(&generation.ids).map_err(|source| {
+            let prompt_id = spec.prompt_id.clone();
+            Stop::Error(ChainError::Tokenizer { key: spec.key, prompt_id, source })
+        })?;
+        self.messages.push(Message { role: Role::Assistant, content: text.clone(), tool: None });
+        if cut_short { Err(Stop::OutOfTime(ENGINE)) } else { Ok(text) }
+    }
+
+    /// Waits for room in the engine, on nobody's clock, then for the turn, on the chain's.
+    async fn sample(&mut self, max_tokens: u32) -> Result<Generation, Stop> {
         let (spec, turn) = (self.spec, self.timings.turns);
         let mut sampling = spec.sampling.clone();
         sampling.max_tokens = max_tokens;
@@ -145,17 +182,11 @@ impl<'a> Run<'a> {
             sampling,
             seed: spec.seed.turn("sample", &spec.key, turn),
         };
-        let asked = Instant::now();
-        let waited = self.within("the rollout engine", turn, self.deps.generator.generate(input)).await;
-        self.timings.generate_seconds += asked.elapsed().as_secs_f64();
-        let generation = waited?.map_err(|fault| Stop::Fault(format!("turn {turn}: {fault}")))?;
-        let recorded = self.record.sample(&generation, spec.policy_version, max_tokens);
-        recorded.map_err(|broken| Stop::Fault(format!("turn {turn}: {broken}")))?;
-        self.timings.turns += 1;
-        self.deps.template.tokenizer().decode(&generation.ids).map_err(|source| {
-            let prompt_id = spec.prompt_id.clone();
-            Stop::Error(ChainError::Tokenizer { key: spec.key, prompt_id, source })
-        })
+        let fault = |fault| Stop::Fault(format!("turn {turn}: {fault}"));
+        let admitted = self.clock.stand_still(self.deps.generator.admit(input)).await;
+        let sampling = admitted.map_err(|_| self.step_over("room in the rollout engine"))?.map_err(fault)?;
+        let sampled = self.clock.within_step(sampling.until(self.clock.own_deadline())).await;
+        sampled.map_err(|_| self.step_over(ENGINE))?.map_err(fault)
     }
 
     /// Makes the calls of a turn, in order, and appends what they answered. `Some`: the chain ends with it.
@@ -167,8 +198,12 @@ impl<'a> Run<'a> {
         for (index, call) in calls.iter().enumerate() {
             let context = ToolContext { chain: spec.key, turn, seed: seed.wrapping_add(index as u64) };
             let asked = Instant::now();
-            let answered = self.within("a tool", turn, self.deps.tools.call(call, context)).await;
+            let answered = self.clock.within(self.deps.tools.call(call, context)).await;
             self.timings.tool_seconds += asked.elapsed().as_secs_f64();
+            let answered = answered.map_err(|overdue| match overdue {
+                Overdue::Own => Stop::OutOfTime("a tool"),
+                Overdue::Step => self.step_over("a tool"),
+            });
             let observation = answered?.map_err(|fault| Stop::Fault(format!("turn {turn}: {fault}")))?;
             self.timings.tool_calls += 1;
             last = observation.status;
@@ -228,21 +263,31 @@ impl<'a> Run<'a> {
             seed: self.spec.seed.turn("reward", &self.spec.key, turns),
         };
         let asked = Instant::now();
-        let scored = self.within("the reward", turns, function.score(input)).await;
-        self.timings.reward_seconds = asked.elapsed().as_secs_f64();
+        let scored = self.clock.within_reward(function.score(input)).await;
+        let seconds = asked.elapsed().as_secs_f64();
+        self.timings.reward_seconds = seconds;
+        let scored = scored.map_err(|overdue| match overdue {
+            Overdue::Own => Stop::Fault(format!("reward {}: no answer in {seconds:.0} s", function.name())),
+            Overdue::Step => self.step_over("the reward"),
+        });
         scored?.map_err(|fault| match fault {
             RewardFault::Infrastructure { .. } => Stop::Fault(fault.to_string()),
             source => Stop::Error(ChainError::Reward { key: self.spec.key, source }),
         })
     }
 
-    /// Waits no longer than the chain may take.
-    async fn within<T>(&self, what: &str, turn: u32, wait: impl Future<Output = T>) -> Result<T, Stop> {
-        let limit: Duration = self.spec.time_limit;
-        tokio::time::timeout_at(self.deadline, wait).await.map_err(|_| {
-            let seconds = limit.as_secs_f64();
-            Stop::Fault(format!("the chain's {seconds} s passed while waiting for {what} (turn {turn})"))
-        })
+    fn step_over(&self, waited_for: &'static str) -> Stop {
+        let (key, prompt_id) = (self.spec.key, self.spec.prompt_id.clone());
+        Stop::Error(ChainError::StepOver { key, prompt_id, waited_for })
+    }
+
+    fn nothing_sampled(&self, waited_for: &'static str) -> ChainError {
+        ChainError::NothingSampled {
+            key: self.spec.key,
+            prompt_id: self.spec.prompt_id.clone(),
+            limit_seconds: self.spec.time_limit.as_secs_f64(),
+            waited_for,
+        }
     }
 }
 

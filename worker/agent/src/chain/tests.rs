@@ -6,9 +6,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use agentfly_common::ids::Purpose;
 use agentfly_common::sampling::StopReason;
-use agentfly_common::trajectory::{FinishReason, Outcome, Role, Trajectory};
+use agentfly_common::trajectory::{FinishReason, Outcome, Reward, Role, Trajectory};
 use proptest::prelude::{Just, Strategy, prop_assert, prop_assert_eq, prop_oneof, proptest};
 use serde_json::json;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{sleep, timeout_at};
 
 use super::*;
 use crate::agents::CodeAgent;
@@ -29,8 +31,8 @@ enum Turn {
     Rambles(String),
     /// The engine fails.
     Fails,
-    /// The engine never answers.
-    Hangs,
+    /// The policy says this, slowly.
+    Drawls(String, Duration),
     /// The weights changed.
     OtherVersion,
     /// A log-prob above 0.
@@ -43,23 +45,46 @@ struct Script {
     heard: Mutex<Vec<Vec<u32>>>,
     seeds: Mutex<Vec<u64>>,
     released: AtomicUsize,
+    /// Turns that may be sampled at a time.
+    slots: Arc<Semaphore>,
+}
+
+/// A turn of the script on its way.
+struct Saying {
+    generation: Generation,
+    takes: Duration,
+    _slot: OwnedSemaphorePermit,
+}
+
+#[async_trait]
+impl Sampling for Saying {
+    async fn until(self: Box<Self>, deadline: Instant) -> Result<Generation, GenerateFault> {
+        let (mut said, begun) = (self.generation, Instant::now());
+        if timeout_at(deadline, sleep(self.takes)).await.is_err() {
+            let part = begun.elapsed().as_secs_f64() / self.takes.as_secs_f64();
+            said.stop = StopReason::TimeLimit;
+            said.ids.truncate((said.ids.len() as f64 * part) as usize);
+            said.log_probs.truncate(said.ids.len());
+        }
+        Ok(said)
+    }
 }
 
 #[async_trait]
 impl Generator for Script {
-    async fn generate(&self, turn: TurnInput<'_>) -> Result<Generation, GenerateFault> {
+    async fn admit(&self, turn: TurnInput<'_>) -> Result<Box<dyn Sampling>, GenerateFault> {
+        let slot = self.slots.clone().acquire_owned().await.unwrap();
         assert!(turn.context.ends_with(turn.new_tokens));
         self.heard.lock().unwrap().push(turn.new_tokens.to_vec());
         self.seeds.lock().unwrap().push(turn.seed);
         let line = self.turns.lock().unwrap().pop_front().expect("the script has a line for every turn");
         let say = |text: &str| tokenizer().encode_text(text).unwrap();
         let (mut ids, ended) = match &line {
-            Turn::Says(text) => (say(text), true),
+            Turn::Says(text) | Turn::Drawls(text, _) => (say(text), true),
             Turn::Rambles(text) => (say(text), false),
             Turn::Fails => {
                 return Err(GenerateFault { cause: "out of memory".into() });
             }
-            Turn::Hangs => std::future::pending().await,
             Turn::OtherVersion | Turn::BadLogProb => (say("x"), true),
         };
         ids.extend(ended.then_some(IM_END));
@@ -71,7 +96,9 @@ impl Generator for Script {
         ids.truncate(turn.sampling.max_tokens as usize);
         let log_prob = if matches!(line, Turn::BadLogProb) { 0.5 } else { -0.25 };
         let policy_version = PolicyVersion(if matches!(line, Turn::OtherVersion) { 4 } else { 3 });
-        Ok(Generation { log_probs: vec![log_prob; ids.len()], ids, stop, policy_version })
+        let generation = Generation { log_probs: vec![log_prob; ids.len()], ids, stop, policy_version };
+        let takes = if let Turn::Drawls(_, takes) = line { takes } else { Duration::ZERO };
+        Ok(Box::new(Saying { generation, takes, _slot: slot }))
     }
 
     fn release(&self, _chain: &ChainKey) {
@@ -102,6 +129,7 @@ fn stage(turns: &[Turn], printed: Result<String, InfraError>) -> Stage {
         heard: Mutex::default(),
         seeds: Mutex::default(),
         released: AtomicUsize::new(0),
+        slots: Arc::new(Semaphore::new(1)),
     });
     let python: Arc<dyn PythonRunner> = Arc::new(Prints(printed));
     let deps = ChainDeps {
@@ -130,6 +158,7 @@ fn stage(turns: &[Turn], printed: Result<String, InfraError>) -> Stage {
             stop_ids: tokenizer().stop_ids(),
         },
         time_limit: Duration::from_secs(30),
+        step_deadline: Instant::now() + Duration::from_secs(3600),
     };
     Stage { script, deps, spec }
 }
@@ -286,12 +315,115 @@ async fn faults_of_the_machinery_are_never_a_reward_of_zero() {
     }
 }
 
-#[tokio::test]
-async fn a_chain_that_takes_too_long_says_what_it_waited_for() {
-    let mut stage = stage(&[Turn::Hangs], prints_42());
-    stage.spec.time_limit = Duration::from_millis(20);
+fn drawls(line: &str, seconds: u64) -> Turn {
+    Turn::Drawls(line.into(), Duration::from_secs(seconds))
+}
+
+/// A sandbox, or a reward, that never answers.
+struct Hangs;
+
+#[async_trait]
+impl PythonRunner for Hangs {
+    async fn run(&self, _code: &str, _seed: u64) -> Result<RunOutput, InfraError> {
+        std::future::pending().await
+    }
+}
+
+#[async_trait]
+impl RewardFunction for Hangs {
+    fn name(&self) -> &'static str {
+        "never"
+    }
+
+    async fn score(&self, _input: crate::rewards::RewardInput<'_>) -> Result<Reward, RewardFault> {
+        std::future::pending().await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiting_for_a_slot_is_not_the_chains_own_time() {
+    // Lines are handed out as slots are: the first turns of all chains come first.
+    let mut stage = stage(&[vec![drawls(CODE, 12); 5], vec![drawls(ANSWER, 12); 5]].concat(), prints_42());
+    stage.spec.time_limit = Duration::from_secs(25);
+    let began = Instant::now();
+    let chains = (0..5).map(|chain| {
+        let key = ChainKey { chain, ..stage.spec.key };
+        let (spec, deps) = (ChainSpec { key, ..stage.spec.clone() }, stage.deps.clone());
+        tokio::spawn(async move { run_chain(&spec, &deps).await })
+    });
+    for chain in chains.collect::<Vec<_>>() {
+        let t = chain.await.unwrap().unwrap();
+        assert_eq!((reason(&t), t.reward.value), (FinishReason::Terminal, 1.0));
+        assert!(t.timings.total_seconds > 60.0, "{} s, most of them in the queue", t.timings.total_seconds);
+    }
+    assert_eq!(began.elapsed().as_secs(), 120, "one slot, ten turns of 12 s");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_chain_out_of_time_keeps_the_part_of_its_turn_that_was_sampled() {
+    let mut stage = stage(&[Turn::Says(CODE.into()), drawls(&format!("{ANSWER}{ANSWER}"), 60)], prints_42());
     let t = stage.play().await;
-    assert_eq!(cause(&t), "the chain's 0.02 s passed while waiting for the rollout engine (turn 0)");
+    let half = format!("{ANSWER}{ANSWER}").split_at(ANSWER.len()).0.to_owned();
+    assert_eq!((reason(&t), trained_text(&t)), (FinishReason::Timeout, format!("{CODE}{half}")));
+    assert_eq!((t.timings.turns, t.timings.total_seconds), (2, 30.0));
+    assert_eq!((t.loss_mask.last(), t.log_probs.last()), (Some(&true), Some(&-0.25)));
+    assert_eq!(t.messages.last().unwrap().content, ANSWER);
+    assert_eq!(t.reward.value, 1.0, "rewarded for what it said");
+
+    stage.script.turns.lock().unwrap().push_back(drawls(ANSWER, 60_000));
+    stage.spec.time_limit = Duration::from_secs(10);
+    let error = run_chain(&stage.spec, &stage.deps).await.unwrap_err().to_string();
+    let expected = "train/step 1/group 2/chain 3 (row \"row-9\"): its 10 s passed before it had sampled one token, \
+                    while it waited for the rollout engine; raise trainer.chain_timeout_seconds";
+    assert_eq!(error, expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_chain_whose_tool_outlasts_it_ends_with_its_last_turn() {
+    let mut stage = stage(&says(&[CODE, ANSWER]), prints_42());
+    let python: Arc<dyn PythonRunner> = Arc::new(Hangs);
+    stage.deps.tools = ToolSet::by_names(&["code_interpreter"], &python).unwrap();
+    let t = stage.play().await;
+    assert_eq!((reason(&t), trained_text(&t)), (FinishReason::Timeout, CODE.to_owned()));
+    assert_eq!((t.token_ids.last(), t.loss_mask.last()), (Some(&IM_END), Some(&true)));
+    assert_eq!((t.timings.turns, t.timings.tool_calls, t.timings.total_seconds), (1, 0, 30.0));
+    assert_eq!((t.messages.last().unwrap().role, t.reward.value), (Role::Assistant, 0.0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reward_that_never_answers_is_a_fault_and_not_the_chains() {
+    let mut stage = stage(&[drawls(ANSWER, 29)], prints_42());
+    stage.deps.reward = Some(Arc::new(Hangs));
+    let t = stage.play().await;
+    assert_eq!(cause(&t), "reward never: no answer in 60 s");
+    assert_eq!(trained_text(&t), ANSWER);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_steps_deadline_bounds_every_wait() {
+    let python: Arc<dyn PythonRunner> = Arc::new(Hangs);
+    for waited_for in ["room in the rollout engine", "the rollout engine", "a tool", "the reward"] {
+        let mut stage = stage(&[Turn::Says(CODE.into()), drawls(ANSWER, 20)], prints_42());
+        stage.spec.step_deadline = Instant::now() + Duration::from_secs(10);
+        match waited_for {
+            "room in the rollout engine" => stage.script.slots.forget_permits(1),
+            "a tool" => {
+                stage.deps.tools = ToolSet::by_names(&["code_interpreter"], &python).unwrap();
+                0
+            }
+            "the reward" => {
+                stage.spec.max_turns = 1;
+                stage.deps.reward = Some(Arc::new(Hangs));
+                0
+            }
+            _ => 0,
+        };
+        let began = Instant::now();
+        let error = run_chain(&stage.spec, &stage.deps).await.unwrap_err().to_string();
+        assert_eq!(began.elapsed().as_secs(), 10, "{waited_for}");
+        let said = format!("the time of the step was over while this chain waited for {waited_for};");
+        assert!(error.contains(&said) && error.contains("trainer.rollout_timeout_seconds"), "{error}");
+    }
 }
 
 #[tokio::test]

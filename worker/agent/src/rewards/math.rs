@@ -1,4 +1,5 @@
-//! AgentFly's math rewards, with its equality cascade.
+//! The math rewards: one frame around two rules of equality, AgentFly's here and the strict one in
+//! [`super::strict`].
 //!
 //! `math_equal_reward`: 1 when equal, else 0. `math_equal_reward_tool`: 0 without a tool, 0.1 for a wrong answer
 //! after a tool, 1 for a right one; `acc` ignores the tool. Kept as published, so that results compare; the
@@ -11,53 +12,65 @@ use async_trait::async_trait;
 
 use super::latex::{self, Rule};
 use super::normalise::{Rational, is_equiv, normalise};
+use super::strict::strict_math_equal;
 use super::{RewardFault, RewardFunction, RewardInput, extract_answer, text_field, used_tool};
 use crate::tools::PythonRunner;
 
 /// What a tool call alone earns under AgentFly's rule.
 const TOOL_BONUS: f64 = 0.1;
 
-/// `math_equal_reward` and `math_equal_reward_tool`.
+/// A math reward: whose rule says what is equal, and whether a tool must have answered.
 pub struct MathReward {
     python: Arc<dyn PythonRunner>,
+    rule: Rule,
     wants_tool: bool,
 }
 
 impl MathReward {
-    /// `math_equal_reward`.
+    /// `math_equal_reward`, or `math_equal_reward_strict`.
     #[must_use]
-    pub fn plain(python: Arc<dyn PythonRunner>) -> Self {
-        Self { python, wants_tool: false }
+    pub(super) fn plain(rule: Rule, python: Arc<dyn PythonRunner>) -> Self {
+        Self { python, rule, wants_tool: false }
     }
 
-    /// `math_equal_reward_tool`.
+    /// `math_equal_reward_tool`, or `math_equal_reward_tool_strict`.
     #[must_use]
-    pub fn tool(python: Arc<dyn PythonRunner>) -> Self {
-        Self { python, wants_tool: true }
+    pub(super) fn tool(rule: Rule, python: Arc<dyn PythonRunner>) -> Self {
+        Self { python, rule, wants_tool: true }
+    }
+
+    async fn equal(&self, input: &RewardInput<'_>) -> Result<bool, RewardFault> {
+        let answer = text_field(self.name(), input, "answer")?;
+        let (python, response) = (self.python.as_ref(), input.final_response);
+        match self.rule {
+            Rule::Parity => symbolic_math_equal(python, response, &answer, input.seed, self.name()).await,
+            Rule::Strict => strict_math_equal(python, response, &answer, input.seed, self.name()).await,
+        }
     }
 }
 
 #[async_trait]
 impl RewardFunction for MathReward {
     fn name(&self) -> &'static str {
-        if self.wants_tool { "math_equal_reward_tool" } else { "math_equal_reward" }
+        match (self.rule, self.wants_tool) {
+            (Rule::Parity, false) => "math_equal_reward",
+            (Rule::Parity, true) => "math_equal_reward_tool",
+            (Rule::Strict, false) => "math_equal_reward_strict",
+            (Rule::Strict, true) => "math_equal_reward_tool_strict",
+        }
     }
 
     async fn score(&self, input: RewardInput<'_>) -> Result<Reward, RewardFault> {
-        let answer = text_field(self.name(), &input, "answer")?;
-        let python = self.python.as_ref();
-        let equal =
-            symbolic_math_equal(python, input.final_response, &answer, input.seed, self.name()).await?;
+        let equal = self.equal(&input).await?;
         let acc = f64::from(u8::from(equal));
-        if !self.wants_tool {
-            return Ok(Reward { value: acc, parts: [].into() });
-        }
-        let value = match (used_tool(input.messages), equal) {
-            (false, _) => 0.0,
-            (true, false) => TOOL_BONUS,
-            (true, true) => 1.0,
+        let value = match (self.rule, self.wants_tool, used_tool(input.messages)) {
+            (_, true, false) => 0.0,
+            (Rule::Parity, true, true) if !equal => TOOL_BONUS,
+            _ => acc,
         };
-        Ok(Reward { value, parts: [("acc".to_owned(), acc)].into() })
+        // AgentFly's plain reward names no parts.
+        let named = self.wants_tool || self.rule == Rule::Strict;
+        Ok(Reward { value, parts: named.then(|| ("acc".to_owned(), acc)).into_iter().collect() })
     }
 }
 

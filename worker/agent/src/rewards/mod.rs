@@ -19,11 +19,13 @@ use serde_json::{Map, Value};
 
 use crate::tools::PythonRunner;
 
+use latex::Rule;
+
 pub use extract::extract_answer;
 pub use math::{MathReward, symbolic_math_equal};
 pub use normalise::{is_equiv, normalise};
 pub use qa::{QaMetric, QaReward, QaScores, qa_scores};
-pub use strict::{StrictMathReward, strict_math_equal};
+pub use strict::strict_math_equal;
 
 /// What a reward may look at.
 #[derive(Debug, Clone, Copy)]
@@ -122,13 +124,13 @@ pub const REWARD_NAMES: &[&str] = &[
 pub fn reward(name: &str, python: &Arc<dyn PythonRunner>) -> Result<Arc<dyn RewardFunction>, UnknownReward> {
     let python = python.clone();
     match name.to_lowercase().as_str() {
-        "math_equal_reward" | "math_reward" => Ok(Arc::new(MathReward::plain(python))),
+        "math_equal_reward" | "math_reward" => Ok(Arc::new(MathReward::plain(Rule::Parity, python))),
         "math_equal_reward_tool" | "math_reward_tool" | "math_reward_format" => {
-            Ok(Arc::new(MathReward::tool(python)))
+            Ok(Arc::new(MathReward::tool(Rule::Parity, python)))
         }
-        "math_equal_reward_strict" => Ok(Arc::new(StrictMathReward::plain(python))),
+        "math_equal_reward_strict" => Ok(Arc::new(MathReward::plain(Rule::Strict, python))),
         "math_equal_reward_tool_strict" | "math_reward_format_strict" => {
-            Ok(Arc::new(StrictMathReward::tool(python)))
+            Ok(Arc::new(MathReward::tool(Rule::Strict, python)))
         }
         "qa_f1_reward" => Ok(Arc::new(QaReward::new(QaMetric::F1))),
         "qa_em_reward" => Ok(Arc::new(QaReward::new(QaMetric::ExactMatch))),

@@ -150,7 +150,7 @@ pub struct Engine {
     decoding: usize,
     /// Turns not yet decoding, first come first.
     queue: VecDeque<u64>,
-    /// Turns that ended without being computed.
+    /// Turns that ended outside a computation; the version is filled in when they are reported.
     ended: Vec<TurnResult>,
     cache: KvCache,
     born: u64,
@@ -255,6 +255,23 @@ impl Engine {
             state.turn = None;
             self.retire(chain);
         }
+    }
+
+    /// Ends a chain's turn, if it has one, with what it has sampled so far, maybe nothing;
+    /// [`Self::step`] reports it as [`StopReason::TimeLimit`].
+    pub fn cut_short(&mut self, chain: u64) {
+        let Some(turn) = self.chains.get_mut(&chain).and_then(|state| state.turn.take()) else {
+            return;
+        };
+        self.queue.retain(|&id| id != chain);
+        self.retire(chain);
+        self.ended.push((chain, Ok(turn.finish(StopReason::TimeLimit, PolicyVersion::default()))));
+    }
+
+    /// Whether the chain holds a slot: its turn, if it has one, waits for no other chain's end.
+    #[must_use]
+    pub fn is_admitted(&self, chain: u64) -> bool {
+        self.slot_of(chain).is_some()
     }
 
     /// Forgets a chain and frees its slot.

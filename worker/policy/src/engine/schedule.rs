@@ -188,7 +188,7 @@ impl Engine {
         Ok(())
     }
 
-    fn slot_of(&self, id: u64) -> Option<usize> {
+    pub(super) fn slot_of(&self, id: u64) -> Option<usize> {
         self.chains.get(&id).and_then(|chain| chain.slot)
     }
 
