@@ -19,7 +19,7 @@ setup: ## Fetch libtorch and the sandbox's Python (costs nothing when they are t
 build: setup ## Build coordinator and worker (release)
 	cargo build --release --locked -p agentfly-coordinator -p agentfly-worker
 
-train: build ## Train the tiny model (or MODEL=smollm2), STEPS=40 SEED=1, and show that it got better
+train: build ## Train the tiny model (or MODEL=smollm2, or MODEL=DIR); STEPS=40 SEED=1 SETTINGS="key=value …"
 	@deploy/scripts/train.sh $(MODEL) $(STEPS) $(SEED)
 
 test: setup ## Every test, with cargo-nextest where it is installed

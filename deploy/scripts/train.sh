@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # `make train`: one job on this machine, from a JSON file of questions to a better model.
 #   deploy/scripts/train.sh MODEL STEPS SEED     (MODEL: tiny, smollm2, or a Hugging Face directory)
+# SETTINGS="key=value …" are further settings, which win.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 model=$1 steps=$2 seed=$3
@@ -42,4 +43,4 @@ exec "$coordinator" train \
   actor_rollout_ref.actor.kl_loss_coef=0.001 actor_rollout_ref.actor.entropy_coeff=0.001 \
   trainer.n_gpus_per_node=2 trainer.nnodes=1 trainer.total_training_steps="$steps" trainer.seed="$seed" \
   trainer.project_name=AgentRL trainer.experiment_name="$(basename "$model")-seed$seed" trainer.resume_mode=disable \
-  "${settings[@]}" ${EXTRA:-}
+  "${settings[@]}" ${SETTINGS:-}

@@ -5,6 +5,7 @@ use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::Command;
 
 use crate::tree::root;
@@ -37,6 +38,49 @@ impl Playground {
         let mut left = processes_naming(&self.path().display().to_string());
         left.extend(zygotes().into_iter().filter(|pid| !self.zygotes_before.contains(pid)));
         left
+    }
+
+    /// Processes of this playground that were started as `program argument …`, oldest first.
+    #[must_use]
+    pub fn processes(&self, name: &str, argument: &str) -> Vec<u32> {
+        let wanted = program(name).display().to_string();
+        let mut found = processes_naming(&self.path().display().to_string());
+        found.retain(|pid| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let mut words = line.split(|&byte| byte == 0);
+            words.next() == Some(wanted.as_bytes()) && words.next() == Some(argument.as_bytes())
+        });
+        found.sort_unstable();
+        found
+    }
+
+    /// Starts a head in the background, with a worker for two CPU ranks, on free ports.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn start_head(&self) -> anyhow::Result<Ran> {
+        let args = [
+            "--head",
+            "--port",
+            "0",
+            "--http-port",
+            "0",
+            "--num-gpus",
+            "0",
+            "--num-cpu-ranks",
+            "2",
+            "--detach",
+        ];
+        self.succeed("coordinator", &args, Duration::from_secs(90)).await
+    }
+
+    /// What a command with `--json` prints.
+    ///
+    /// # Errors
+    /// When it fails or prints no JSON.
+    pub async fn ask(&self, args: &[&str]) -> anyhow::Result<serde_json::Value> {
+        let ran = self.succeed("coordinator", args, Duration::from_secs(30)).await?;
+        Ok(serde_json::from_str(&ran.stdout)?)
     }
 
     /// Where it is.
@@ -83,6 +127,18 @@ impl Playground {
             bail!("`{name} {}` ended with {:?}:\n{}\n{}", args.join(" "), ran.code, ran.stdout, ran.stderr);
         }
         Ok(ran)
+    }
+}
+
+impl Drop for Playground {
+    /// A story that failed leaves no head behind to disturb the next.
+    fn drop(&mut self) {
+        for pid in processes_naming(&self.path().display().to_string()) {
+            if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+                // One that has ended meanwhile needs nothing.
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
     }
 }
 

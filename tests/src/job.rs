@@ -66,3 +66,13 @@ pub fn json_lines(path: &Path) -> anyhow::Result<Vec<serde_json::Value>> {
     let text = std::fs::read_to_string(path).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))?;
     text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
 }
+
+/// The lines of a zstd JSONL file.
+///
+/// # Errors
+/// When it cannot be read or a line is no JSON.
+pub fn zstd_json_lines(path: &Path) -> anyhow::Result<Vec<serde_json::Value>> {
+    let file = std::fs::File::open(path).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))?;
+    let text = std::io::read_to_string(zstd::Decoder::new(file)?)?;
+    text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+}
