@@ -1,5 +1,6 @@
 //! The programs as a user runs them: `coordinator` and `worker` as processes, in a folder of their own.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::time::Duration;
@@ -13,8 +14,6 @@ use crate::tree::root;
 /// A folder with its own runtime directory, so that tests never see each other's heads.
 pub struct Playground {
     dir: tempfile::TempDir,
-    /// Sandboxed interpreters of others; a jailed one names no folder of this one.
-    zygotes_before: Vec<u32>,
 }
 
 impl Playground {
@@ -27,17 +26,17 @@ impl Playground {
             let path = program(name);
             anyhow::ensure!(path.exists(), "{} is missing: run `make test`, which builds it", path.display());
         }
+        // Whatever loses its parent becomes a child of this process: nothing that was started escapes a look.
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
         let dir = tempfile::Builder::new().prefix("agentfly-test-").tempdir()?;
         std::fs::create_dir(dir.path().join("runtime"))?;
-        Ok(Self { dir, zygotes_before: zygotes() })
+        Ok(Self { dir })
     }
 
-    /// Processes of this playground that still run: its programs, and interpreters of its sandboxes.
+    /// Processes started from here, at whatever remove, that still run.
     #[must_use]
     pub fn leftovers(&self) -> Vec<u32> {
-        let mut left = processes_naming(&self.path().display().to_string());
-        left.extend(zygotes().into_iter().filter(|pid| !self.zygotes_before.contains(pid)));
-        left
+        descendants_of(std::process::id())
     }
 
     /// Processes of this playground that were started as `program argument …`, oldest first.
@@ -133,7 +132,7 @@ impl Playground {
 impl Drop for Playground {
     /// A story that failed leaves no head behind to disturb the next.
     fn drop(&mut self) {
-        for pid in processes_naming(&self.path().display().to_string()) {
+        for pid in self.leftovers() {
             if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
                 // One that has ended meanwhile needs nothing.
                 let _ = kill_process(pid, Signal::KILL);
@@ -171,20 +170,42 @@ pub fn program(name: &str) -> PathBuf {
     profile.join(name)
 }
 
-/// Interpreters of sandboxes on this machine.
-fn zygotes() -> Vec<u32> {
-    processes_naming("/opt/agentfly/zygote.py")
+/// The living processes below `ancestor`: those that ended and were not waited for do not count.
+fn descendants_of(ancestor: u32) -> Vec<u32> {
+    let mut children: BTreeMap<u32, Vec<(u32, bool)>> = BTreeMap::new();
+    for pid in all_processes() {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // `pid (name) state parent …`, and a name may hold anything.
+        let Some((_, after_name)) = stat.rsplit_once(')') else { continue };
+        let mut fields = after_name.split_whitespace();
+        let (state, parent) = (fields.next(), fields.next().and_then(|field| field.parse().ok()));
+        if let Some(parent) = parent {
+            children.entry(parent).or_default().push((pid, state != Some("Z")));
+        }
+    }
+    let (mut found, mut ancestors) = (Vec::new(), vec![ancestor]);
+    while let Some(parent) = ancestors.pop() {
+        for (pid, lives) in children.remove(&parent).unwrap_or_default() {
+            ancestors.push(pid);
+            found.extend(lives.then_some(pid));
+        }
+    }
+    found
+}
+
+fn all_processes() -> Vec<u32> {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    entries.flatten().filter_map(|e| e.file_name().to_string_lossy().parse().ok()).collect()
 }
 
 /// The ids of this machine's other processes whose command line or environment contains `needle`.
 fn processes_naming(needle: &str) -> Vec<u32> {
-    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
-    let pids = entries.flatten().filter_map(|e| e.file_name().to_string_lossy().parse::<u32>().ok());
-    pids.filter(|pid| {
+    let mut found = all_processes();
+    found.retain(|pid| {
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
         let holds = |bytes: &[u8]| String::from_utf8_lossy(bytes).contains(needle);
         *pid != std::process::id() && (holds(&line) || holds(&environment))
-    })
-    .collect()
+    });
+    found
 }

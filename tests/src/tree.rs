@@ -17,10 +17,11 @@ pub struct Source {
 }
 
 impl Source {
-    /// The text up to the unit tests.
+    /// The text up to the unit tests, which close a file. A `#[cfg(test)] mod tests;` among other modules closes
+    /// nothing.
     #[must_use]
     pub fn production(&self) -> &str {
-        self.text.split("#[cfg(test)]").next().unwrap_or_default()
+        self.text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default()
     }
 
     /// Whether it is only compiled for tests.

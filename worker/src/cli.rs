@@ -37,6 +37,9 @@ struct Join {
     /// CPU ranks to offer [default: 1 where there is no GPU]
     #[arg(long)]
     num_cpu_ranks: Option<u32>,
+    /// Ranks to offer: on GPUs where this program can use as many, else on CPUs
+    #[arg(long, value_name = "N", conflicts_with_all = ["num_gpus", "num_cpu_ranks"])]
+    num_ranks: Option<u32>,
     /// CPU cores to share among the ranks [default: all]
     #[arg(long)]
     num_cpus: Option<u32>,
@@ -51,6 +54,15 @@ struct Join {
     /// End when the process with this id, which must be the parent, ends
     #[arg(long, value_name = "PID", hide = true)]
     die_with_parent: Option<u32>,
+}
+
+impl Join {
+    fn devices(&self) -> DeviceRequest {
+        match self.num_ranks {
+            Some(ranks) => DeviceRequest::Ranks(ranks),
+            None => DeviceRequest::Each { gpus: self.num_gpus, cpu_ranks: self.num_cpu_ranks },
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -126,6 +138,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             if let Some(parent) = cli.join.die_with_parent {
                 die_with_parent(parent)?;
             }
+            let devices = cli.join.devices();
             let Some(join) = cli.join.join else {
                 anyhow::bail!("--join HOST:PORT is missing: the address that `coordinator --head` printed");
             };
@@ -136,7 +149,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             let options = NodeOptions {
                 join,
                 token: join_token(cli.join.token_file.as_deref())?,
-                devices: DeviceRequest { gpus: cli.join.num_gpus, cpu_ranks: cli.join.num_cpu_ranks },
+                devices,
                 cpus: cli.join.num_cpus,
                 address,
             };

@@ -10,7 +10,7 @@ use super::signals::Signals;
 use crate::cli::HeadArgs;
 use crate::client::Client;
 use crate::failure::{Failure, Outcome};
-use crate::head::{Head, HeadOptions, WorkerOptions};
+use crate::head::{Devices, Head, HeadOptions, WorkerOptions};
 use crate::process;
 use crate::runtime_dir::RuntimeDir;
 
@@ -48,7 +48,10 @@ pub(super) async fn run(args: HeadArgs) -> Outcome<ExitCode> {
 fn options(args: &HeadArgs) -> Outcome<HeadOptions> {
     let worker = match args.no_local_worker || args.num_gpus + args.num_cpu_ranks == 0 {
         true => None,
-        false => Some(WorkerOptions::beside_this_program(args.num_cpus, args.num_gpus, args.num_cpu_ranks)?),
+        false => {
+            let devices = Devices::Each { gpus: args.num_gpus, cpu_ranks: args.num_cpu_ranks };
+            Some(WorkerOptions::beside_this_program(args.num_cpus, devices)?)
+        }
     };
     Ok(HeadOptions {
         ip: args.node_ip_address,

@@ -17,7 +17,7 @@ use super::{CANCELLED, settings};
 use crate::cli::TrainArgs;
 use crate::client::Client;
 use crate::failure::{Failure, Outcome};
-use crate::head::{Head, HeadOptions, WorkerOptions};
+use crate::head::{Devices, Head, HeadOptions, WorkerOptions};
 use crate::runtime_dir::RuntimeDir;
 use crate::store::summary::Summary;
 use crate::submission::{check, with_absolute_paths};
@@ -108,12 +108,8 @@ fn introduce(config: &Config, notices: &[Notice], plan: &[String]) {
 /// A head with a worker for this job alone, on free ports.
 async fn start_head(config: &Config) -> Outcome<Head> {
     let ranks = config.world_size();
-    let gpus = if nvidia_gpus() >= ranks { ranks } else { 0 };
-    let worker = WorkerOptions::beside_this_program(None, gpus, ranks - gpus)?;
-    println!(
-        "no head is running: starting one for this job, with {ranks} {} ranks",
-        if gpus > 0 { "GPU" } else { "CPU" }
-    );
+    let worker = WorkerOptions::beside_this_program(None, Devices::Ranks(ranks))?;
+    println!("no head is running: starting one for this job, with a worker for {ranks} ranks");
     let options = HeadOptions {
         ip: IpAddr::from([127, 0, 0, 1]),
         port: 0,
@@ -125,15 +121,6 @@ async fn start_head(config: &Config) -> Outcome<Head> {
         for_one_job: true,
     };
     Head::start(options).await
-}
-
-/// GPUs whose device files are here.
-fn nvidia_gpus() -> u32 {
-    (0..)
-        .take_while(|index| Path::new(&format!("/dev/nvidia{index}")).exists())
-        .count()
-        .try_into()
-        .unwrap_or(0)
 }
 
 /// Submits a job and follows it to its end, unless it is to run on its own.

@@ -33,10 +33,22 @@ pub struct WorkerOptions {
     pub binder: PathBuf,
     /// CPU cores for its ranks and tools; unset takes what the machine has.
     pub num_cpus: Option<u32>,
-    /// GPUs.
-    pub num_gpus: u32,
-    /// Seats for CPU ranks.
-    pub num_cpu_ranks: u32,
+    /// Its devices.
+    pub devices: Devices,
+}
+
+/// What a worker offers to ranks.
+#[derive(Debug, Clone, Copy)]
+pub enum Devices {
+    /// So many of each.
+    Each {
+        /// GPUs.
+        gpus: u32,
+        /// Seats for CPU ranks.
+        cpu_ranks: u32,
+    },
+    /// GPUs where the worker can use as many, else seats for CPU ranks: only it knows its libtorch.
+    Ranks(u32),
 }
 
 impl WorkerOptions {
@@ -44,11 +56,7 @@ impl WorkerOptions {
     ///
     /// # Errors
     /// When there is none.
-    pub fn beside_this_program(
-        num_cpus: Option<u32>,
-        num_gpus: u32,
-        num_cpu_ranks: u32,
-    ) -> Result<Self, Failure> {
+    pub fn beside_this_program(num_cpus: Option<u32>, devices: Devices) -> Result<Self, Failure> {
         let binder = std::env::current_exe().map_err(Failure::us)?;
         let named = std::env::var_os("AGENTFLY_WORKER").map(PathBuf::from);
         let program = named.unwrap_or_else(|| binder.with_file_name("worker"));
@@ -58,7 +66,7 @@ impl WorkerOptions {
                 program.display()
             )));
         }
-        Ok(Self { program, binder, num_cpus, num_gpus, num_cpu_ranks })
+        Ok(Self { program, binder, num_cpus, devices })
     }
 }
 
@@ -158,9 +166,16 @@ fn spawn(options: &WorkerOptions, head: &HeadFile, out: std::fs::File) -> anyhow
         .arg("run-bound")
         .arg(std::process::id().to_string())
         .arg(&options.program)
-        .args(["--join", &head.address])
-        .args(["--num-gpus", &options.num_gpus.to_string()])
-        .args(["--num-cpu-ranks", &options.num_cpu_ranks.to_string()]);
+        .args(["--join", &head.address]);
+    match options.devices {
+        Devices::Each { gpus, cpu_ranks } => {
+            command.args(["--num-gpus", &gpus.to_string()]);
+            command.args(["--num-cpu-ranks", &cpu_ranks.to_string()]);
+        }
+        Devices::Ranks(ranks) => {
+            command.args(["--num-ranks", &ranks.to_string()]);
+        }
+    }
     if let Some(cpus) = options.num_cpus {
         command.args(["--num-cpus", &cpus.to_string()]);
     }

@@ -29,7 +29,7 @@ use crate::shelf::Shelf;
 use crate::submission::after_the_head_died;
 
 use local_worker::LocalWorker;
-pub use local_worker::WorkerOptions;
+pub use local_worker::{Devices, WorkerOptions};
 
 /// Its own worker must have joined within this: it looks at its devices and warms its sandbox first.
 const WORKER_JOINS: Duration = Duration::from_secs(60);
@@ -293,6 +293,13 @@ impl Head {
 
 /// What is wrong with starting a head here at all.
 fn refuse(options: &HeadOptions, running: Option<&HeadFile>) -> Outcome {
+    if options.ip.is_unspecified() {
+        return Err(Failure::operator(anyhow::anyhow!(
+            "--node-ip-address {} is no address that others can reach: workers and ranks are told where the head is; \
+             give this machine's own address on their network",
+            options.ip
+        )));
+    }
     if !options.ip.is_loopback() && !options.allow_remote {
         return Err(Failure::operator(anyhow::anyhow!(
             "--node-ip-address {} can be reached from other machines, and the connection is not encrypted (there is \

@@ -1,4 +1,4 @@
-//! HTTP for scrapers and a quick look, on the loopback: `/metrics`, `/healthz`, `/api/jobs`, `/api/nodes`.
+//! HTTP for scrapers and a quick look, on the loopback: `/` says what there is.
 //!
 //! Read only, and nothing here is secret; changes go over gRPC with the token.
 
@@ -15,6 +15,17 @@ use tokio::net::TcpListener;
 
 use crate::api::Services;
 use crate::views::{JobView, NodeView, StatusView};
+
+/// What `/` says.
+const CONTENTS: &str = "\
+agentfly-rs, the head of a cluster
+
+/metrics     for Prometheus
+/healthz     ok while the head serves
+/api/status  the head
+/api/jobs    its jobs
+/api/nodes   its nodes and their ranks
+";
 
 #[derive(Clone)]
 struct Pages {
@@ -33,6 +44,7 @@ pub async fn serve(
 ) -> anyhow::Result<()> {
     let stop = services.stop.clone();
     let routes = Router::new()
+        .route("/", get(async || CONTENTS))
         .route("/metrics", get(async |State(pages): State<Pages>| pages.prometheus.render()))
         .route("/healthz", get(async || "ok\n"))
         .route("/api/status", get(status))

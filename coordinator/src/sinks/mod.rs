@@ -1,6 +1,6 @@
-//! Where a run's figures go: one bounded channel, one thread, a sink each. Sinks never stop training.
+//! Where a run's figures go, a sink each. Sinks never stop training.
 //!
-//! The recorder hands over each line; a sink that fails is logged once and counted, and the line is tried on
+//! The recorder, a thread behind a bounded channel, hands over each line; a sink that fails is logged once and counted, and the line is tried on
 //! the others. `metrics.jsonl` is always written: it is the truth that summary and curve are made from.
 
 pub mod console;

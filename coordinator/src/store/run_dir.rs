@@ -34,6 +34,17 @@ pub enum RunDirError {
         /// What differs, with both values.
         differences: String,
     },
+    /// The checkpoint to resume from lies where earlier results are moved aside.
+    #[error(
+        "{} lies in {}, whose earlier results would be moved aside, and the checkpoint with them; give another \
+         trainer.experiment_name, or copy the checkpoint elsewhere", checkpoint.display(), folder.display()
+    )]
+    InTheWay {
+        /// The checkpoint.
+        checkpoint: PathBuf,
+        /// The run's folder, or its folder of checkpoints.
+        folder: PathBuf,
+    },
     /// Another job writes it.
     #[error(
         "{} is being written by {holder}; wait for it, cancel it, or give another trainer.experiment_name",
@@ -85,10 +96,19 @@ impl RunDir {
         let lock = lock(&path, holder)?;
         let mut notes = Vec::new();
         let found = find_checkpoint(config, &checkpoint_dir, &mut notes)?;
-        let continues = found.as_ref().is_some_and(|found| found.dir.starts_with(&checkpoint_dir));
+        let continues = match &found {
+            Some(found) => is_directly_in(&found.dir, &checkpoint_dir)?,
+            None => false,
+        };
         let is_done = found.as_ref().is_some_and(|found| found.part.point.step >= total_steps);
         if !continues && !is_done {
             for folder in [&path, &checkpoint_dir] {
+                if let Some(found) = &found
+                    && resolved(&found.dir)?.starts_with(resolved(folder)?)
+                {
+                    let (checkpoint, folder) = (found.dir.clone(), folder.clone());
+                    return Err(RunDirError::InTheWay { checkpoint, folder });
+                }
                 if let Some(aside) = move_aside(folder)? {
                     notes.push(format!("earlier results were moved to {}", aside.display()));
                 }
@@ -206,6 +226,19 @@ fn find_checkpoint(
         config.trainer.run_dir().display()
     ));
     Ok(None)
+}
+
+/// Whether a checkpoint is one of those in `folder`, by whatever name: what was abandoned below it is not.
+fn is_directly_in(checkpoint: &Path, folder: &Path) -> Result<bool, StoreError> {
+    Ok(resolved(checkpoint)?.parent() == Some(&resolved(folder)?))
+}
+
+/// A path without links and dots; as it is where nothing is.
+fn resolved(path: &Path) -> Result<PathBuf, StoreError> {
+    match fs::canonicalize(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(path.to_owned()),
+        found => found.map_err(on("resolve", path)),
+    }
 }
 
 /// Which settings of the checkpoint differ in a way that changes what is trained, in words.
@@ -388,6 +421,37 @@ mod tests {
         assert_eq!(opened.run_dir.checkpoints().steps().unwrap(), [2]);
         assert!(path.join("checkpoints/abandoned/global_step_4/manifest.json").is_file());
         assert!(opened.notes[1].contains("steps 4 are of an abandoned course"), "{:?}", opened.notes);
+    }
+
+    #[test]
+    fn a_checkpoint_is_known_by_any_name_and_never_moved_aside() {
+        let root = tempfile::tempdir().unwrap();
+        let path = finished_run(&config(root.path(), &[]));
+        let named = |dir: &Path, more: &str| {
+            let from = format!("trainer.resume_from_path={}", dir.display());
+            config(root.path(), &["trainer.resume_mode=resume_path", &from, more])
+        };
+        let same = "trainer.save_freq=7";
+
+        // Other checkpoints are to be written elsewhere: the run's folder would be moved, with what is resumed.
+        let step_4 = path.join("checkpoints/global_step_4");
+        let elsewhere = format!("trainer.default_local_dir={}/big", root.path().display());
+        let refused = RunDir::open(&named(&step_4, &elsewhere), 9, "job-2").unwrap_err();
+        assert!(matches!(&refused, RunDirError::InTheWay { .. }), "{refused}");
+        assert!(step_4.join("manifest.json").is_file());
+
+        // Through a link it is the same checkpoint: the run goes on where it was.
+        let link = root.path().join("link");
+        std::os::unix::fs::symlink(path.join("checkpoints"), &link).unwrap();
+        let opened = RunDir::open(&named(&link.join("global_step_2"), same), 9, "job-3").unwrap();
+        assert_eq!((opened.resume.unwrap().step, path.exists()), (2, true));
+        drop(opened.run_dir);
+
+        // What was abandoned is of another course than this folder's metrics.
+        let abandoned = path.join("checkpoints/abandoned/global_step_4");
+        let refused = RunDir::open(&named(&abandoned, same), 9, "job-4").unwrap_err();
+        assert!(matches!(refused, RunDirError::InTheWay { .. }));
+        assert!(abandoned.join("manifest.json").is_file());
     }
 
     #[test]

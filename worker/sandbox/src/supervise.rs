@@ -91,7 +91,7 @@ impl Drop for Forget<'_> {
     }
 }
 
-/// The kernel's limit for each process, in case the supervisor's samples come late: a second above its own.
+/// The kernel's limit for each process, in case the supervisor's samples come late: two seconds above its own.
 fn kernel_cpu_seconds(limits: &Limits) -> u64 {
     limits.cpu.as_secs().saturating_add(2)
 }

@@ -20,11 +20,16 @@ pub struct NodeOptions {
 
 /// How many devices of each kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DeviceRequest {
-    /// GPUs; `None`: all there are.
-    pub gpus: Option<u32>,
-    /// CPU ranks; `None`: one when there is no GPU.
-    pub cpu_ranks: Option<u32>,
+pub enum DeviceRequest {
+    /// So many of each.
+    Each {
+        /// GPUs; `None`: all there are.
+        gpus: Option<u32>,
+        /// CPU ranks; `None`: one when there is no GPU.
+        cpu_ranks: Option<u32>,
+    },
+    /// So many of one kind: GPUs where this program can use as many, else CPU ranks.
+    Ranks(u32),
 }
 
 /// The hello of a node with these options.
@@ -50,7 +55,11 @@ pub(super) fn hello(options: &NodeOptions) -> anyhow::Result<NodeHello> {
 
 fn devices(request: DeviceRequest, present: u32, cuda_built: bool) -> anyhow::Result<Vec<Device>> {
     let usable = if cuda_built { present } else { 0 };
-    let gpus = request.gpus.unwrap_or(usable);
+    let (gpus, cpu_ranks) = match request {
+        DeviceRequest::Each { gpus, cpu_ranks } => (gpus.unwrap_or(usable), cpu_ranks),
+        DeviceRequest::Ranks(ranks) if ranks <= usable => (ranks, Some(0)),
+        DeviceRequest::Ranks(ranks) => (0, Some(ranks)),
+    };
     if gpus > usable {
         let why = match (present, cuda_built) {
             (0, _) => "this machine has no NVIDIA GPU (no /dev/nvidia0)".to_owned(),
@@ -62,7 +71,7 @@ fn devices(request: DeviceRequest, present: u32, cuda_built: bool) -> anyhow::Re
         };
         anyhow::bail!("--num-gpus {gpus} was asked for: {why}; use --num-gpus {usable} --num-cpu-ranks N");
     }
-    let cpu_ranks = request.cpu_ranks.unwrap_or(u32::from(gpus == 0));
+    let cpu_ranks = cpu_ranks.unwrap_or(u32::from(gpus == 0));
     if gpus + cpu_ranks == 0 {
         anyhow::bail!("--num-gpus 0 and --num-cpu-ranks 0 leave nothing to train on; give at least one");
     }
@@ -96,7 +105,11 @@ mod tests {
         present: u32,
         built: bool,
     ) -> Result<Vec<String>, String> {
-        devices(DeviceRequest { gpus, cpu_ranks }, present, built)
+        named(DeviceRequest::Each { gpus, cpu_ranks }, present, built)
+    }
+
+    fn named(request: DeviceRequest, present: u32, built: bool) -> Result<Vec<String>, String> {
+        devices(request, present, built)
             .map(|d| d.iter().map(|d| format!("{}:{}", d.kind, d.index)).collect())
             .map_err(|e| e.to_string())
     }
@@ -106,7 +119,7 @@ mod tests {
         let options = NodeOptions {
             join: "head:6379".into(),
             token: Secret::new("hunter2"),
-            devices: DeviceRequest { gpus: None, cpu_ranks: None },
+            devices: DeviceRequest::Ranks(1),
             cpus: None,
             address: "10.0.0.1".into(),
         };
@@ -120,6 +133,14 @@ mod tests {
         assert_eq!(ask(None, None, 0, true).unwrap(), ["cpu:0"]);
         assert_eq!(ask(Some(0), Some(2), 8, true).unwrap(), ["cpu:0", "cpu:1"]);
         assert_eq!(ask(Some(1), Some(1), 8, true).unwrap(), ["cuda:0", "cpu:0"]);
+    }
+
+    #[test]
+    fn ranks_of_one_kind_sit_on_gpus_only_where_this_program_can_use_enough_of_them() {
+        let two = DeviceRequest::Ranks(2);
+        assert_eq!(named(two, 2, true).unwrap(), ["cuda:0", "cuda:1"]);
+        assert_eq!(named(two, 1, true).unwrap(), ["cpu:0", "cpu:1"]);
+        assert_eq!(named(two, 8, false).unwrap(), ["cpu:0", "cpu:1"]);
     }
 
     #[test]
