@@ -9,6 +9,7 @@ pub mod config;
 pub mod error;
 pub mod ids;
 pub mod model_dir;
+pub mod row;
 pub mod sampling;
 pub mod secret;
 pub mod seed;

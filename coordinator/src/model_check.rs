@@ -3,8 +3,12 @@
 //!
 //! Called by [`crate::submission::check`]. Each rank checks again what it loads, on its own machine.
 
-use agentfly_common::config::{Config, TEMPLATES};
-use agentfly_common::model_dir::{ModelDir, chat_template};
+use std::path::Path;
+
+use agentfly_common::config::Config;
+use agentfly_common::model_dir::{
+    ModelDir, chat_template, check_template, fitting_templates, special_tokens,
+};
 use anyhow::anyhow;
 
 use crate::failure::{Failure, Outcome};
@@ -21,22 +25,34 @@ pub fn check_model(config: &Config) -> Outcome<ModelDir> {
     };
     let model = ModelDir::inspect(dir).map_err(|e| wrong(e.into()))?;
     model.check_tokenizer().map_err(|e| wrong(e.into()))?;
-    if config.agent.template.is_none() && chat_template(dir).map_err(|e| wrong(e.into()))?.is_none() {
-        return Err(wrong(anyhow!(
-            "{} holds no chat template (neither chat_template.jinja nor chat_template in tokenizer_config.json); \
-             set agent.template to one of: {}",
-            dir.display(),
-            TEMPLATES.join(", ")
-        )));
-    }
+    check_chat_template(config.agent.template.as_deref(), dir).map_err(wrong)?;
     model.config.window(&config.actor_rollout_ref.rollout).map_err(Failure::operator)?;
     Ok(model)
 }
 
+/// A named template must fit the tokenizer; without a name the model must have its own.
+fn check_chat_template(name: Option<&str>, dir: &Path) -> anyhow::Result<()> {
+    let has_own = chat_template(dir)?.is_some();
+    let special = special_tokens(dir)?;
+    let is_special = |token: &str| special.contains(token);
+    if let Some(name) = name {
+        return Ok(check_template(name, dir, has_own, is_special)?);
+    }
+    if has_own {
+        return Ok(());
+    }
+    let way_out = match fitting_templates(is_special).join(", ") {
+        none if none.is_empty() => "add one: no named template fits its tokenizer".to_owned(),
+        names => format!("set agent.template to one of: {names}"),
+    };
+    Err(anyhow!(
+        "{} holds no chat template (neither chat_template.jinja nor chat_template in tokenizer_config.json); {way_out}",
+        dir.display()
+    ))
+}
+
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     /// What is said of the tiny model after `change` in a copy of its folder, with these settings.
@@ -71,6 +87,41 @@ mod tests {
         assert_eq!(said(&["agent.template=qwen-chat"], no_template), None);
     }
 
+    /// Replaces `from`, which must be there, in a file.
+    fn edit(file: &Path, from: &str, to: &str) {
+        let text = std::fs::read_to_string(file).unwrap();
+        assert!(text.contains(from), "{from} is in {}", file.display());
+        std::fs::write(file, text.replace(from, to)).unwrap();
+    }
+
+    #[test]
+    fn a_named_template_whose_markup_the_tokenizer_reads_as_text_is_refused() {
+        // The markers of another family of models.
+        let other = |dir: &Path| {
+            edit(&dir.join("tokenizer.json"), "<|im_start|>", "<|start_header_id|>");
+            edit(&dir.join("tokenizer.json"), "<|im_end|>", "<|eot_id|>");
+        };
+        assert_eq!(said(&[], other), None, "its own template is its own affair");
+        let told = said(&["agent.template=qwen-chat"], other).unwrap();
+        for part in [
+            "agent.template=qwen-chat",
+            "<|im_start|> and <|im_end|>",
+            "plain text",
+            "leave agent.template unset",
+        ] {
+            assert!(told.contains(part), "{part}: {told}");
+        }
+        let plain = |dir: &Path| {
+            let file = dir.join("tokenizer.json");
+            edit(&file, r#""special": true"#, r#""special": false"#);
+            std::fs::remove_file(dir.join("tokenizer_config.json")).unwrap();
+        };
+        let told = said(&["agent.template=chatml"], plain).unwrap();
+        assert!(told.contains("no named template fits"), "a token that is not special is text: {told}");
+        let told = said(&[], plain).unwrap();
+        assert!(told.contains("holds no chat template") && told.contains("no named template fits"), "{told}");
+    }
+
     #[test]
     fn weights_and_tokenizer_are_held_against_the_configuration() {
         let told = said(&[], |dir| {
@@ -89,7 +140,20 @@ mod tests {
         assert_eq!(said(&[&window(1024)], |_| ()), None);
         let told = said(&[&window(1025)], |_| ()).unwrap();
         assert!(told.contains("max_model_len=1025") && told.contains("trained for 1024 tokens"), "{told}");
-        let told = said(&["actor_rollout_ref.rollout.max_tokens=1025"], |_| ()).unwrap();
-        assert!(told.contains("max_tokens=1025") && told.contains("trained for 1024 tokens"), "{told}");
+    }
+
+    #[test]
+    fn a_model_whose_window_is_shorter_than_the_default_cap_of_a_turn_is_as_good_as_any() {
+        let short = |dir: &Path| {
+            edit(
+                &dir.join("config.json"),
+                r#""max_position_embeddings": 1024"#,
+                r#""max_position_embeddings": 512"#,
+            )
+        };
+        assert_eq!(said(&[], short), None);
+        assert_eq!(said(&["actor_rollout_ref.rollout.max_tokens=2000"], short), None);
+        let told = said(&["actor_rollout_ref.rollout.max_model_len=1024"], short).unwrap();
+        assert!(told.contains("trained for 512 tokens"), "{told}");
     }
 }

@@ -2,19 +2,22 @@
 //!
 //! ```text
 //!  scheduler ──Record, mpsc(64)──▶ recorder: trajectory files, sinks, checkpoint commits, summary
-//!            ◀──Recorded, mpsc(64)──
+//!            ◀──Recorded, mpsc(128)──
 //! ```
 //! A full channel slows the scheduler: a disk that cannot keep up slows training instead of losing chains. The
-//! answers cannot block: each open job owes at most two, and there are at most `MAX_OPEN_JOBS` of them.
+//! answers never wait, or the two would wait for each other: each open job owes at most two, a commit and
+//! its end, and their places are theirs alone; troubles have places of their own, and are dropped when those are
+//! taken ([`Answers`]).
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use agentfly_common::config::{Config, Logger};
 use agentfly_common::error::Whose;
 use agentfly_common::ids::Purpose;
 use agentfly_common::telemetry::names;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::clock::unix_seconds;
 use crate::core::event::{CheckpointPoint, CoreFault, JobEnd, JudgedTrajectory};
@@ -31,6 +34,44 @@ use crate::store::{StoreError, curve, free_bytes, write_whole};
 
 /// Records that may wait for the disk.
 pub const RECORDS: usize = 64;
+
+/// Answers of kinds other than [`Recorded::Trouble`] that a job owes at the same time.
+const OWED: usize = 2;
+/// Troubles that may wait for the scheduler, of all jobs together.
+const TROUBLES: usize = 64;
+
+/// The recorders' end of the channel to the scheduler. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Answers {
+    to: mpsc::Sender<Recorded>,
+    /// Free places for troubles.
+    places: Arc<Semaphore>,
+}
+
+impl Answers {
+    /// A channel for at most `jobs` open jobs.
+    #[must_use]
+    pub fn channel(jobs: usize) -> (Self, mpsc::Receiver<Recorded>) {
+        let (to, answers) = mpsc::channel(OWED * jobs + TROUBLES);
+        (Self { to, places: Arc::new(Semaphore::new(TROUBLES)) }, answers)
+    }
+
+    /// Sends what the scheduler waits for; there is a place.
+    fn owed(&self, job: &str, answer: Recorded) {
+        if self.to.blocking_send(answer).is_err() {
+            tracing::warn!(job, "the scheduler ended before its recorder");
+        }
+    }
+
+    /// Sends a trouble, or drops it when the scheduler is behind.
+    fn trouble(&self, job: &str, text: String) {
+        if let Ok(place) = Arc::clone(&self.places).try_acquire_owned() {
+            let trouble = Recorded::Trouble { job: job.to_owned(), text, place };
+            // Only a scheduler that has ended takes nothing.
+            let _ = self.to.try_send(trouble);
+        }
+    }
+}
 
 /// Something to keep.
 #[derive(Debug)]
@@ -82,6 +123,8 @@ pub enum Recorded {
         job: String,
         /// What.
         text: String,
+        /// Its place in the channel, free once this is dropped.
+        place: OwnedSemaphorePermit,
     },
     /// Everything is on disk.
     Ended {
@@ -108,7 +151,7 @@ pub struct Recorder {
     run_dir: RunDir,
     journal: Journal,
     sinks: Sinks,
-    answers: mpsc::Sender<Recorded>,
+    answers: Answers,
 }
 
 impl Recorder {
@@ -122,7 +165,7 @@ impl Recorder {
         (resumed_after, total_steps): (Option<u64>, u64),
         run_dir: RunDir,
         journal: Journal,
-        answers: mpsc::Sender<Recorded>,
+        answers: Answers,
     ) -> Result<Self, StoreError> {
         let mut sinks: Vec<Box<dyn Sink>> =
             vec![Box::new(Jsonl::open(&run_dir.metrics())?), Box::new(Gauges)];
@@ -170,16 +213,14 @@ impl Recorder {
     }
 
     fn answer(&self, answer: Recorded) {
-        if self.answers.blocking_send(answer).is_err() {
-            tracing::warn!(job = self.job, "the scheduler ended before its recorder");
-        }
+        self.answers.owed(&self.job, answer);
     }
 
     fn trouble(&self, error: impl std::error::Error + Send + Sync + 'static) {
         let text = format!("{:#}; training goes on", anyhow::Error::from(error));
         tracing::error!(job = self.job, "{text}");
-        // Dropped when the scheduler is behind: the log has it.
-        let _ = self.answers.try_send(Recorded::Trouble { job: self.job.clone(), text });
+        // The log has it, if it is dropped there.
+        self.answers.trouble(&self.job, text);
     }
 
     fn keep(&mut self, purpose: Purpose, step: u64, rows: Vec<JudgedTrajectory>) {
@@ -269,4 +310,32 @@ pub fn checkpoint_fault(error: CheckpointError, dir: &std::path::Path) -> CoreFa
     let free =
         free_bytes(dir).map_or_else(|_| String::new(), |bytes| format!(" ({} MiB free there)", bytes >> 20));
     CoreFault { whose, message: format!("{:#}{free}", anyhow::Error::from(error)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A disk that is full troubles every record of every job, while the scheduler waits for one of the recorders.
+    #[test]
+    fn an_owed_answer_finds_its_place_however_many_troubles_wait() {
+        let (answers, mut received) = Answers::channel(1);
+        let end = || Recorded::Committed { job: "job-1".to_owned(), step: 1, result: Ok(PathBuf::new()) };
+        for number in 0..10 * TROUBLES {
+            answers.trouble("job-2", format!("trouble {number}"));
+        }
+        for _ in 0..OWED {
+            assert!(answers.to.try_reserve().is_ok(), "a recorder would wait for the scheduler here");
+            answers.owed("job-1", end());
+        }
+        for number in 0..TROUBLES {
+            let Ok(Recorded::Trouble { text, .. }) = received.try_recv() else { panic!("trouble {number}") };
+            assert_eq!(text, format!("trouble {number}"));
+        }
+        for _ in 0..OWED {
+            assert!(matches!(received.try_recv(), Ok(Recorded::Committed { .. })));
+        }
+        answers.trouble("job-2", "one more".to_owned());
+        assert!(matches!(received.try_recv(), Ok(Recorded::Trouble { .. })), "places become free again");
+    }
 }

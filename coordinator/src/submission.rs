@@ -5,12 +5,16 @@
 
 use std::path::{Path, PathBuf};
 
-use agentfly_common::config::{BatchPlan, Config, ResumeMode, batch_plan, preflight};
+use agentfly_common::config::{
+    BatchPlan, Config, REWARDS, ResumeMode, batch_plan, preflight, reward_reference,
+};
 use agentfly_common::ids::Purpose;
+use agentfly_common::row::QUESTION_FIELDS;
+use anyhow::anyhow;
 
 use crate::core::JobPlan;
 use crate::core::event::{CoreFault, JobSpec};
-use crate::data::{Cursor, Dataset, Limits, Order, Row, TEXT_FIELDS};
+use crate::data::{Cursor, Dataset, Limits, Need, Order, Row};
 use crate::failure::{Failure, Outcome};
 use crate::journal::NewJob;
 use crate::model_check::check_model;
@@ -48,10 +52,15 @@ impl Questions {
     /// File, row and field of what is wrong.
     pub fn load(config: &Config) -> Outcome<Self> {
         let failed = |error: crate::data::DataError| Failure { whose: error.whose(), error: error.into() };
-        let data = &config.data;
-        let train = Dataset::load(&data.train_files, Limits::default()).map_err(failed)?;
-        let validation =
-            Dataset::load(&data.val_files, Limits::default()).map_err(failed)?.first(data.val_limit());
+        let (data, reward) = (&config.data, config.agent.reward_name.as_str());
+        let Some(reference) = reward_reference(reward) else {
+            let names = REWARDS.join(", ");
+            return Err(Failure::operator(anyhow!("agent.reward_name={reward}: expected one of: {names}")));
+        };
+        let need = Need { reward, reference };
+        let load = |files| Dataset::load(files, &need, Limits::default()).map_err(failed);
+        let train = load(&data.train_files)?;
+        let validation = load(&data.val_files)?.first(data.val_limit());
         // Without shuffling, one batch of the whole subset is the subset in file order.
         let mut subset = Order::new(train.len(), data.train_limit(), config.data_seed(), false);
         let size = subset.len();
@@ -70,12 +79,9 @@ impl Questions {
         let row = rows.get(row)?;
         // The shape of a row in a file: the text under the first of the fields that ranks look in.
         let mut fields = row.extra.clone();
-        for (name, value) in [
-            ("id", &row.id),
-            (TEXT_FIELDS[0], &row.text),
-            ("answer", &row.answer),
-            ("data_source", &row.data_source),
-        ] {
+        for (name, value) in
+            [("id", &row.id), (QUESTION_FIELDS[0], &row.text), ("data_source", &row.data_source)]
+        {
             fields.insert(name.to_owned(), value.as_str().into());
         }
         Some((row.id.clone(), serde_json::Value::from(fields).to_string()))
@@ -148,7 +154,7 @@ fn check_room(config: &Config, weights: u64) -> Outcome {
         (config.trainer.checkpoint_dir(), weights.saturating_mul(7).saturating_add(SPARE_BYTES));
     let free = free_bytes(&dir).map_err(Failure::operator)?;
     if free < need_bytes {
-        return Err(Failure::operator(anyhow::anyhow!(
+        return Err(Failure::operator(anyhow!(
             "no room for a checkpoint in {}: about {} MiB are needed, {} MiB are free; free some, or point \
              trainer.default_local_dir elsewhere",
             dir.display(),
@@ -214,7 +220,7 @@ impl Proposal {
 }
 
 fn core_failure(fault: CoreFault) -> Failure {
-    Failure { whose: fault.whose, error: anyhow::anyhow!(fault.message) }
+    Failure { whose: fault.whose, error: anyhow!(fault.message) }
 }
 
 fn run_dir_failure(error: RunDirError) -> Failure {
@@ -238,11 +244,10 @@ mod tests {
 
     #[test]
     fn a_row_goes_to_the_ranks_as_it_stood_in_its_file_with_its_text_where_they_look_first() {
-        let extra = serde_json::json!({"unit": "cm", "question": "beside the prompt"});
+        let extra = serde_json::json!({"unit": "cm", "answer": 3, "question": "beside the prompt"});
         let row = Row {
             id: "q7".into(),
             text: "How long?\n$x$".into(),
-            answer: "3".into(),
             extra: extra.as_object().unwrap().clone(),
             data_source: "train".into(),
         };
@@ -250,7 +255,7 @@ mod tests {
         let (id, json) = questions.row(Purpose::Train, 0).unwrap();
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
         assert_eq!((id.as_str(), &json["prompt"]), ("q7", &"How long?\n$x$".into()));
-        assert_eq!((&json["answer"], &json["unit"], &json["id"]), (&"3".into(), &"cm".into(), &"q7".into()));
+        assert_eq!((&json["answer"], &json["unit"], &json["id"]), (&3.into(), &"cm".into(), &"q7".into()));
         assert!(questions.row(Purpose::Validation, 0).is_none());
     }
 

@@ -89,12 +89,13 @@ fn every_job_ends_and_every_invariant_holds_however_the_world_breaks() {
 }
 
 /// How jobs can fail, and words that tell it.
-const KINDS: [(&str, &str); 13] = [
+const KINDS: [(&str, &str); 14] = [
     ("died", "is gone: was killed (signal 9)"),
     ("silent", "has been silent for"),
     ("said so", "CUDA is out of memory"),
     ("node lost", "is lost, and rank"),
-    ("start too slow", "trainer.startup_timeout_seconds"),
+    ("no place", "queued without a place for longer than"),
+    ("start too slow", "starting took longer than trainer.startup_timeout_seconds"),
     ("rollout too slow", "trainer.rollout_timeout_seconds"),
     ("training too slow", "to finish training; it has been in all_reduce for"),
     ("wrong weights", "wrong weights after"),

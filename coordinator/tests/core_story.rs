@@ -2,6 +2,10 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 mod core_world;
+#[path = "core_story/strangers.rs"]
+mod strangers;
+#[path = "core_story/waits.rs"]
+mod waits;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -93,7 +97,61 @@ fn the_next_job_starts_when_seats_are_free_and_one_that_cannot_fit_holds_up_nobo
     assert!(of("first ended Finished") < of("start second/0"), "{:#?}", world.lines);
     assert!(of("large is Queued: waiting for nodes: 4 ranks need 4 CPU seats") < of("start first/0"));
     assert_eq!(world.ended["second"].state, JobState::Finished);
-    assert_eq!(world.ended["large"].state, JobState::Cancelled);
+    let end = &world.ended["large"];
+    assert_eq!((end.state, end.fault.as_ref().unwrap().whose), (JobState::Failed, Whose::Outside));
+    assert_eq!(
+        end.detail,
+        "queued without a place for longer than trainer.startup_timeout_seconds=60: waiting for nodes: 4 ranks need 4 \
+         CPU seats and the cluster has 2 (node-a has 2); start workers with 2 more, or lower trainer.n_gpus_per_node × \
+         trainer.nnodes"
+    );
+}
+
+#[test]
+fn a_queued_job_waits_for_other_jobs_without_limit_and_for_a_node_anew_each_time_it_leaves() {
+    let mut world = World::new(1, Temper { hang: 1.0, ..Temper::default() });
+    let node = "node-a".to_owned();
+    world.add_node(&node, 2);
+    let forever = two_ranks(&["trainer.startup_timeout_seconds=100000"]);
+    world.submit("holds the seats", job(forever.clone(), 0));
+    world.submit("next", job(forever, 0));
+    world.submit("queued", job(two_ranks(&[]), 0));
+    let wait = |world: &mut World, seconds| {
+        world.now += Duration::from_secs(seconds);
+        world.apply(Event::NodeHeard { node: node.clone() });
+        world.apply(Event::Tick);
+    };
+    wait(&mut world, 1000);
+    assert!(world.ended.is_empty(), "others have the seats: {:?}", world.ended);
+    for ended in [1, 2] {
+        world.apply(Event::NodeLeft { node: node.clone(), cause: "its session ended".to_owned() });
+        world.now += Duration::from_secs(50);
+        world.apply(Event::Tick);
+        world.add_node(&node, 2);
+        wait(&mut world, 5);
+        assert_eq!(world.ended.len(), ended, "only jobs that ran on the node: {:?}", world.ended);
+    }
+    assert!(world.lines.iter().any(|line| line.starts_with("start queued/0")), "{:#?}", world.lines);
+}
+
+#[test]
+fn a_queued_job_whose_node_is_gone_for_good_ends() {
+    let mut world = World::new(1, Temper { hang: 1.0, ..Temper::default() });
+    world.add_node("node-a", 2);
+    world.submit("first", job(two_ranks(&[]), 0));
+    world.submit("second", job(two_ranks(&[]), 0));
+    world.apply(Event::NodeLeft { node: "node-a".to_owned(), cause: "its session ended".to_owned() });
+    assert_eq!(world.ended.len(), 1, "the first job was there: {:?}", world.ended);
+    for _ in 0..2 {
+        assert!(!world.ended.contains_key("second"));
+        world.now += Duration::from_secs(31);
+        world.apply(Event::Tick);
+    }
+    let detail = &world.ended["second"].detail;
+    assert!(
+        detail.contains("2 ranks need 2 CPU seats and the cluster has 0 (no node has joined)"),
+        "{detail}"
+    );
 }
 
 #[test]
@@ -219,8 +277,8 @@ fn a_rank_whose_heartbeats_stop_is_named_long_before_the_deadline_of_its_work() 
     assert!(world.now - began < Duration::from_secs(60), "the rollout's own deadline is 60 s");
 }
 
-/// Tells the core that the only rank of `job-1` attests these weights after step 1.
-fn step_one_ends_with(config: agentfly_common::config::Config, weights_hash: &str) -> World {
+/// The only rank of `job-1` has sampled its chains and trains on them.
+fn one_rank_trains(config: agentfly_common::config::Config) -> (World, RankId) {
     let mut world = World::new(1, Temper { hang: 1.0, ..Temper::default() });
     world.add_node("node-a", 1);
     world.submit("job-1", job(config, 0));
@@ -238,6 +296,13 @@ fn step_one_ends_with(config: agentfly_common::config::Config, weights_hash: &st
         world.apply(Event::TrajectoryArrived { rank: rank.clone(), shard: 1, trajectory });
     }
     world.apply(Event::RolloutDone { rank: rank.clone(), shard: 1, metrics: BTreeMap::new() });
+    world.silent.clear();
+    (world, rank)
+}
+
+/// Tells the core that the only rank of `job-1` attests these weights after step 1.
+fn step_one_ends_with(config: agentfly_common::config::Config, weights_hash: &str) -> World {
+    let (mut world, rank) = one_rank_trains(config);
     let (policy_version, weights_hash) = (PolicyVersion(1), weights_hash.to_owned());
     world.apply(Event::TrainDone { rank, step: 1, policy_version, weights_hash, metrics: BTreeMap::new() });
     world
@@ -256,6 +321,88 @@ fn an_update_that_changes_nothing_is_a_fault_unless_the_learning_rate_is_zero() 
     let said = world.lines.iter().find(|line| line.contains("Warn")).unwrap();
     assert!(said.contains("unchanged, because the learning rate is 0 (1 such steps so far)"), "{said}");
     assert!(world.lines.iter().any(|line| line.starts_with("job-1 finished step 1")), "{:#?}", world.lines);
+}
+
+#[test]
+fn a_training_step_and_a_checkpoint_that_take_too_long_name_their_key() {
+    let (mut world, _) =
+        one_rank_trains(config(&["trainer.n_gpus_per_node=1", "trainer.train_timeout_seconds=300"]));
+    world.run(LONG);
+    let (detail, since) = (&world.ended["job-1"].detail, world.now);
+    assert!(detail.starts_with("step 1: waiting for rank 0 to finish training; it "), "{detail}");
+    assert!(detail.ends_with("; trainer.train_timeout_seconds=300 is over"), "{detail}");
+    assert!(since > Duration::from_secs(300) && since < Duration::from_secs(330), "{since:?}");
+
+    let last = [
+        "trainer.n_gpus_per_node=1",
+        "trainer.total_training_steps=1",
+        "trainer.checkpoint_timeout_seconds=200",
+    ];
+    let mut world = step_one_ends_with(config(&last), "trained");
+    world.silent.clear();
+    world.run(LONG);
+    let detail = &world.ended["job-1"].detail;
+    assert!(detail.starts_with("step 1: waiting for rank 0 to write the checkpoint; it "), "{detail}");
+    let end = "; trainer.checkpoint_timeout_seconds=200 is over: is the disk full or slow?";
+    assert!(detail.ends_with(end), "{detail}");
+    assert!(world.now > Duration::from_secs(200), "{:?}", world.now);
+}
+
+/// Chains of which these have no sampled token, and ended so, arrive in step 1.
+fn nothing_is_sampled(of: &[(u32, u32)], reason: FinishReason) -> World {
+    let (mut world, ranks) = two_ranks_roll_out();
+    for (group, rank) in [0, 1].into_iter().zip(&ranks) {
+        let shard = u64::from(group) + 1;
+        for index in 0..2 {
+            let key = ChainKey { purpose: Purpose::Train, step: 1, group, chain: index };
+            let mut trajectory = Box::new(chain(key, PolicyVersion(0)));
+            if of.contains(&(group, index)) {
+                trajectory.loss_mask.fill(false);
+                trajectory.log_probs.fill(0.0);
+                trajectory.outcome = Outcome::Finished { reason };
+            }
+            world.apply(Event::TrajectoryArrived { rank: rank.clone(), shard, trajectory });
+        }
+        rollout_done(&mut world, rank, shard);
+    }
+    world
+}
+
+#[test]
+fn a_step_whose_prompts_all_fill_the_window_is_the_operators_and_trains_nothing() {
+    let all = [(0, 0), (0, 1), (1, 0), (1, 1)];
+    let mut world = nothing_is_sampled(&all, FinishReason::MaxModelLen);
+    world.run(LONG);
+    let end = &world.ended["job-1"];
+    assert_eq!((end.state, end.fault.as_ref().unwrap().whose), (JobState::Failed, Whose::Operator));
+    assert_eq!(
+        end.detail,
+        "step 1: none of its 4 chains has a sampled token, so there is nothing to train on: the prompts of 4 leave no \
+         room for a turn within actor_rollout_ref.rollout.max_model_len (unset: the model's window); raise that, or \
+         shorten the questions in data.train_files or agent.system_prompt"
+    );
+    assert!(!world.lines.iter().any(|line| line.contains("<- train")), "{:#?}", world.lines);
+    let kept = |line: &String| line == "job-1 keep Train 1: 0.0@row0 0.1@row0 1.0@row1 1.1@row1";
+    assert!(world.lines.iter().any(kept), "the chains can be looked at, unjudged: {:#?}", world.lines);
+
+    let mut world = nothing_is_sampled(&all, FinishReason::Terminal);
+    world.run(LONG);
+    assert_eq!(world.ended["job-1"].fault.as_ref().unwrap().whose, Whose::Us, "no prompt was too long");
+}
+
+#[test]
+fn a_step_with_some_prompts_that_fill_the_window_says_how_many() {
+    let warned = |world: &World| -> Vec<String> {
+        world.lines.iter().filter(|line| line.contains("no room for a turn")).cloned().collect()
+    };
+    let world = nothing_is_sampled(&[(0, 0), (0, 1), (1, 1)], FinishReason::MaxModelLen);
+    assert_eq!(
+        warned(&world),
+        ["job-1 Warn: step 1: 3 of 4 chains have a prompt that leaves no room for a turn within \
+          actor_rollout_ref.rollout.max_model_len (unset: the model's window); nothing is learned from them"]
+    );
+    assert!(world.lines.iter().any(|line| line == "job-1/0 <- train step=1 policy=0"), "{:#?}", world.lines);
+    assert_eq!(warned(&nothing_is_sampled(&[], FinishReason::MaxModelLen)), Vec::<String>::new());
 }
 
 fn arrives(world: &mut World, rank: &RankId, shard: u64, chain: (u32, u32), fault: Option<&str>) {

@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::commands::{generate, score, warmup};
 use crate::connection::{join_token, own_address_towards};
 use crate::node::{DeviceRequest, NodeOptions};
-use crate::process::die_with_parent;
+use crate::process::{die_with_parent, with_environment_for_libtorch};
 use crate::rank::{Address, DeviceName, RankError, RankOptions};
 
 /// A node of the cluster: generates rollouts and trains.
@@ -102,9 +102,15 @@ struct RankArgs {
 pub fn main() -> ExitCode {
     agentfly_common::shutdown::end_quietly_on_closed_pipe();
     let cli = Cli::parse();
-    let quiet = matches!(cli.command, Some(Command::Score(_) | Command::Generate(_) | Command::Warmup(_)));
-    let logged = init(LogTo::Stderr, if quiet { "warn" } else { "info" });
-    ExitCode::from(conclude(logged.map_err(anyhow::Error::from).and_then(|()| dispatch(cli))))
+    let computes = matches!(cli.command, Some(Command::Score(_) | Command::Generate(_) | Command::Warmup(_)));
+    let ready = || {
+        if computes {
+            with_environment_for_libtorch()?;
+        }
+        init(LogTo::Stderr, if computes { "warn" } else { "info" })?;
+        anyhow::Ok(())
+    };
+    ExitCode::from(conclude(ready().and_then(|()| dispatch(cli))))
 }
 
 /// Says what went wrong, if anything; the exit code says who must act.

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::config::choices::{AdvEstimator, Logger, LossAggMode, LrSchedule};
+use crate::config::choices::{Logger, LossAggMode, LrSchedule};
 use crate::config::layers::Setting;
 use crate::config::schema::Config;
 use crate::config::value;
@@ -304,12 +304,11 @@ pub(crate) fn without_effect(config: &Config, settings: &BTreeMap<String, Settin
     let actor = &config.actor_rollout_ref.actor;
     let constant = actor.optim.lr_scheduler_type == LrSchedule::Constant;
     let greedy = !config.actor_rollout_ref.rollout.val_kwargs.do_sample;
-    let group_relative = config.algorithm.adv_estimator == AdvEstimator::Grpo;
-    let rules: [(bool, &[&str], &str); 8] = [
+    let rules: [(bool, &[&str], &str); 7] = [
         (
-            group_relative,
+            true,
             &["algorithm.gamma", "algorithm.lam"],
-            "grpo gives every token of a chain the same advantage",
+            "no estimator here discounts: each gives every token of a chain the same advantage",
         ),
         (
             !actor.use_kl_loss,
@@ -344,11 +343,6 @@ pub(crate) fn without_effect(config: &Config, settings: &BTreeMap<String, Settin
                 "actor_rollout_ref.rollout.val_kwargs.top_k",
             ],
             "validation is greedy unless val_kwargs.do_sample=True",
-        ),
-        (
-            config.trainer.total_training_steps.is_some(),
-            &["trainer.total_epochs"],
-            "trainer.total_training_steps decides (verl would also stop after total_epochs)",
         ),
     ];
     let mut notices = Vec::new();

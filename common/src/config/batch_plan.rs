@@ -49,7 +49,12 @@ pub struct BatchPlan {
     pub questions: Option<u64>,
     /// Whole batches an epoch (the rest of an epoch is dropped), when the questions are known.
     pub steps_per_epoch: Option<u64>,
-    /// Training steps; `None` when they follow from epochs and the questions are not known.
+    /// `trainer.total_epochs`.
+    pub epochs: u64,
+    /// `trainer.total_training_steps`.
+    pub asked_steps: Option<u64>,
+    /// Training steps: as many as were asked for, but no more than the epochs have (verl's loop runs over the
+    /// epochs and ends early once the steps are done). While the questions are not known, what was asked for.
     pub total_steps: Option<u64>,
 }
 
@@ -85,7 +90,9 @@ pub fn batch_plan(config: &Config, questions: Option<u64>) -> Result<BatchPlan, 
             &format!("set data.train_batch_size to {count} or less, or give more questions"),
         ));
     }
-    let from_epochs = steps_per_epoch.map(|steps| steps.saturating_mul(config.trainer.total_epochs));
+    let epochs = config.trainer.total_epochs;
+    let asked_steps = config.trainer.total_training_steps;
+    let from_epochs = steps_per_epoch.map(|steps| steps.saturating_mul(epochs));
     let mini_batches = chains_per_step / mini_batch_chains;
     let ppo_epochs = u64::from(actor.ppo_epochs);
     Ok(BatchPlan {
@@ -100,7 +107,9 @@ pub fn batch_plan(config: &Config, questions: Option<u64>) -> Result<BatchPlan, 
         micro_batch,
         questions,
         steps_per_epoch,
-        total_steps: config.trainer.total_training_steps.or(from_epochs),
+        epochs,
+        asked_steps,
+        total_steps: asked_steps.into_iter().chain(from_epochs).min(),
     })
 }
 
@@ -187,15 +196,29 @@ impl BatchPlan {
             ));
         }
         lines.push(match self.total_steps {
-            Some(total) => format!(
-                "{} in all = {}, {}",
-                count(total, "training step", "training steps"),
-                count(total.saturating_mul(self.chains_per_step), "chain", "chains"),
-                count(total.saturating_mul(self.updates_per_step), "optimizer step", "optimizer steps"),
-            ),
+            Some(total) => {
+                format!(
+                    "{} in all = {}, {}",
+                    count(total, "training step", "training steps"),
+                    count(total.saturating_mul(self.chains_per_step), "chain", "chains"),
+                    count(total.saturating_mul(self.updates_per_step), "optimizer step", "optimizer steps"),
+                ) + &self.cut_by_epochs(total)
+            }
             None => "training steps follow from the epochs once the questions are counted".to_owned(),
         });
         lines
+    }
+
+    /// What to say where the epochs end before the steps that were asked for.
+    fn cut_by_epochs(&self, total: u64) -> String {
+        match self.asked_steps {
+            Some(asked) if asked > total => format!(
+                ": trainer.total_epochs={} end before the {asked} of trainer.total_training_steps; raise \
+                 trainer.total_epochs for more",
+                self.epochs
+            ),
+            _ => String::new(),
+        }
     }
 }
 

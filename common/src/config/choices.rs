@@ -134,7 +134,8 @@ choice! {
 }
 
 choice! {
-    /// `actor.kl_loss_type`: estimator of the KL divergence to the reference (Schulman's k1, k2, k3).
+    /// `actor.kl_loss_type`: estimator of the KL divergence to the reference (Schulman's k1, k2, k3); with a `+` its
+    /// value stays and its gradient is k2's.
     KlLossType {
         /// k1: the difference of the log-probs.
         Kl = "kl" | "k1",
@@ -144,13 +145,17 @@ choice! {
         Mse = "mse" | "k2",
         /// k3: e^−d + d − 1, clamped.
         LowVarKl = "low_var_kl" | "k3",
+        /// k1 with k2's gradient (straight-through).
+        KlStraightThrough = "kl+" | "k1+",
+        /// `abs` with k2's gradient.
+        AbsStraightThrough = "abs+",
+        /// k2 with its own gradient: `mse` under another name.
+        MseStraightThrough = "mse+" | "k2+",
+        /// k3 with k2's gradient.
+        LowVarKlStraightThrough = "low_var_kl+" | "k3+",
     }
     unsupported {
         "full": "KL over the whole vocabulary",
-        "kl+": "a straight-through estimator", "k1+": "a straight-through estimator",
-        "abs+": "a straight-through estimator", "mse+": "a straight-through estimator",
-        "k2+": "a straight-through estimator", "low_var_kl+": "a straight-through estimator",
-        "k3+": "a straight-through estimator",
     }
 }
 
@@ -245,64 +250,6 @@ choice! {
     }
 }
 
-/// `agent.tools`: the tools of the worker's registry.
-pub const TOOLS: &[&str] = &["code_interpreter"];
-
-/// `agent.template`: the named chat templates of the worker.
-pub const TEMPLATES: &[&str] = &["qwen2.5", "qwen-chat", "qwen2.5-no-system-tool", "chatml"];
-
-/// AgentFly's tools that are not in the registry.
-pub(crate) const UNSUPPORTED_TOOLS: &[(&str, &str)] = &[
-    ("answer", "ends a chain with an answer"),
-    ("answer_math", "ends a chain with an answer"),
-    ("answer_qa", "ends a chain with an answer"),
-    ("calculator", "symbolic arithmetic"),
-    ("google_search", "a web search service"),
-    ("dense_retrieve", "a retriever over Wikipedia"),
-    ("async_dense_retrieve", "a retriever over Wikipedia"),
-    ("search", "a retriever service"),
-    ("run_shell_command", "shell commands in a repository's container"),
-    ("alfworld_step", "the ALFWorld environment"),
-    ("scienceworld_explorer", "the ScienceWorld environment"),
-    ("webshop_browser", "the WebShop environment"),
-    ("summarize", "context folding"),
-];
-
-/// `agent.reward_name`: the rewards of the worker's registry, compared without case.
-pub const REWARDS: &[&str] = &[
-    "math_reward_format",
-    "math_equal_reward",
-    "math_equal_reward_tool",
-    "math_reward_format_strict",
-    "math_equal_reward_strict",
-    "math_equal_reward_tool_strict",
-    "qa_f1_reward",
-    "qa_em_reward",
-    // Early AgentFly's names of the same functions.
-    "math_reward",
-    "math_reward_tool",
-];
-
-/// AgentFly's rewards that are not in the registry.
-pub(crate) const UNSUPPORTED_REWARDS: &[(&str, &str)] = &[
-    ("math_reward_thought", "demands the word `thought`"),
-    ("math_reward_thought_with_tool", "demands the word `thought`"),
-    ("math_reward_think", "demands <think> sections"),
-    ("math_equal_reward_think", "demands <think> sections"),
-    ("math_string_equal_reward_tool", "compares the last number as text"),
-    ("qa_f1_reward_tool", "word overlap of answers"),
-    ("qa_f1_reward_format", "word overlap of answers"),
-    ("qa_em_format_reward", "equal words of answers"),
-    ("qa_em_reward_tool_call", "equal words of answers"),
-    ("ok_vqa_reward", "questions about pictures"),
-    ("infoseek_reward", "questions about pictures"),
-    ("code_reward_test", "runs the final text"),
-    ("alfworld_episode_reward", "the ALFWorld environment"),
-    ("scienceworld_reward", "the ScienceWorld environment"),
-    ("webshop_reward", "the WebShop environment"),
-    ("llm_as_judge_reward", "another model's judgement"),
-];
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -321,7 +268,11 @@ mod tests {
 
     #[test]
     fn spellings_read_back_to_the_canonical_one() {
-        assert_eq!("K3".parse::<KlLossType>().map(KlLossType::as_str), Ok("low_var_kl"));
+        for (given, canonical) in
+            [("K3", "low_var_kl"), ("k3+", "low_var_kl+"), ("kl+", "kl+"), ("k2", "mse")]
+        {
+            assert_eq!(given.parse::<KlLossType>().map(KlLossType::as_str), Ok(canonical));
+        }
         for choice in LossAggMode::ALL {
             assert_eq!(choice.as_str().parse(), Ok(*choice));
         }

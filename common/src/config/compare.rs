@@ -9,8 +9,15 @@ use serde_json::Value;
 
 use super::Config;
 
-/// Keys, or groups of keys, that may differ: how long and how often, where things lie, and how fast it goes.
-const FREE: [&str; 28] = [
+/// Keys, or groups of keys, that may differ: how long and how often, what is validated and how, where things lie,
+/// and how fast it goes.
+const FREE: [&str; 35] = [
+    "data.val_files",
+    "data.val_max_samples",
+    "actor_rollout_ref.rollout.val_kwargs",
+    // No estimator reads them.
+    "algorithm.gamma",
+    "algorithm.lam",
     "trainer.total_training_steps",
     "trainer.total_epochs",
     "trainer.save_freq",
@@ -30,6 +37,8 @@ const FREE: [&str; 28] = [
     "trainer.chain_timeout_seconds",
     "trainer.rollout_timeout_seconds",
     "trainer.startup_timeout_seconds",
+    "trainer.train_timeout_seconds",
+    "trainer.checkpoint_timeout_seconds",
     "actor_rollout_ref.nccl_timeout",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
@@ -70,16 +79,16 @@ pub fn differences(stored: &Value, config: &Config) -> Result<Vec<Difference>, s
     let (mut before, mut after) = (BTreeMap::new(), BTreeMap::new());
     leaves("", stored, &mut before);
     leaves("", &now, &mut after);
-    let counts = |key: &str| {
-        !FREE
-            .iter()
-            .any(|free| key.strip_prefix(free).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
-    };
     let differs = |(key, now): (String, String)| {
         let stored = before.get(&key).cloned().unwrap_or_else(|| "unknown".to_owned());
-        (counts(&key) && stored != now).then_some(Difference { key, stored, now })
+        (!is_free(&key) && stored != now).then_some(Difference { key, stored, now })
     };
     Ok(after.into_iter().filter_map(differs).collect())
+}
+
+fn is_free(key: &str) -> bool {
+    let within = |rest: &str| rest.is_empty() || rest.starts_with('.');
+    FREE.iter().any(|free| key.strip_prefix(free).is_some_and(within))
 }
 
 fn leaves(prefix: &str, value: &Value, out: &mut BTreeMap<String, String>) {
@@ -132,13 +141,82 @@ mod tests {
         );
     }
 
+    /// What is trained: a setting that arrives is put here or in `FREE`, on purpose.
+    const COUNTS: [&str; 46] = [
+        "actor_rollout_ref.actor.clip_ratio",
+        "actor_rollout_ref.actor.clip_ratio_c",
+        "actor_rollout_ref.actor.clip_ratio_high",
+        "actor_rollout_ref.actor.clip_ratio_low",
+        "actor_rollout_ref.actor.entropy_coeff",
+        "actor_rollout_ref.actor.grad_clip",
+        "actor_rollout_ref.actor.kl_loss_coef",
+        "actor_rollout_ref.actor.kl_loss_type",
+        "actor_rollout_ref.actor.loss_agg_mode",
+        "actor_rollout_ref.actor.loss_scale_factor",
+        "actor_rollout_ref.actor.optim.betas",
+        "actor_rollout_ref.actor.optim.lr",
+        "actor_rollout_ref.actor.optim.lr_scheduler_type",
+        "actor_rollout_ref.actor.optim.lr_warmup_steps",
+        "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio",
+        "actor_rollout_ref.actor.optim.min_lr_ratio",
+        "actor_rollout_ref.actor.optim.num_cycles",
+        "actor_rollout_ref.actor.optim.weight_decay",
+        "actor_rollout_ref.actor.policy_loss.loss_mode",
+        "actor_rollout_ref.actor.ppo_epochs",
+        "actor_rollout_ref.actor.ppo_mini_batch_size",
+        "actor_rollout_ref.actor.use_kl_loss",
+        "actor_rollout_ref.model.path",
+        "actor_rollout_ref.rollout.dtype",
+        "actor_rollout_ref.rollout.max_model_len",
+        "actor_rollout_ref.rollout.max_tokens",
+        "actor_rollout_ref.rollout.temperature",
+        "actor_rollout_ref.rollout.top_k",
+        "actor_rollout_ref.rollout.top_p",
+        "agent.agent_type",
+        "agent.max_turns",
+        "agent.num_chains",
+        "agent.reward_name",
+        "agent.system_prompt",
+        "agent.template",
+        "agent.tools",
+        "algorithm.adv_estimator",
+        "algorithm.norm_adv_by_std_in_grpo",
+        "data.seed",
+        "data.shuffle",
+        "data.train_batch_size",
+        "data.train_files",
+        "data.train_max_samples",
+        "sandbox.memory_mb",
+        "sandbox.wall_seconds",
+        "trainer.seed",
+    ];
+
     #[test]
-    fn every_free_key_exists() {
+    fn every_setting_either_counts_or_is_free() {
         let mut keys = BTreeMap::new();
         leaves("", &stored(&config(&[])), &mut keys);
         for free in FREE {
             assert!(keys.keys().any(|key| key.starts_with(free)), "{free} is no setting");
         }
+        let counting: Vec<_> = keys.keys().filter(|key| !is_free(key)).map(String::as_str).collect();
+        assert_eq!(counting, COUNTS);
+    }
+
+    #[test]
+    fn an_interrupted_job_may_be_validated_otherwise_when_it_goes_on() {
+        let old = stored(&config(&[]));
+        let now = config(&[
+            "data.val_files=other.json",
+            "data.val_max_samples=7",
+            "actor_rollout_ref.rollout.val_kwargs.do_sample=True",
+            "actor_rollout_ref.rollout.val_kwargs.temperature=0.6",
+            "actor_rollout_ref.rollout.val_kwargs.top_p=0.9",
+            "actor_rollout_ref.rollout.val_kwargs.top_k=20",
+            "trainer.test_freq=3",
+            "trainer.val_before_train=False",
+            "trainer.logger=[console]",
+        ]);
+        assert_eq!(differences(&old, &now).unwrap(), []);
     }
 
     #[test]

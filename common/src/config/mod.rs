@@ -23,6 +23,7 @@ mod known;
 mod layers;
 mod overrides;
 mod preflight;
+mod registry;
 mod schema;
 #[cfg(test)]
 mod tests;
@@ -38,13 +39,14 @@ pub use aliases::ALIASES;
 pub use batch_plan::{BatchPlan, MicroBatch, batch_plan};
 pub use choices::{
     AdvEstimator, AgentBackend, AgentType, Dtype, KlLossType, Logger, LossAggMode, LrSchedule,
-    PolicyLossMode, REWARDS, ResumeMode, TEMPLATES, TOOLS,
+    PolicyLossMode, ResumeMode,
 };
 pub use compare::{Difference, differences};
 pub use error::{ConfigError, ConfigErrors};
 pub use explain::explain;
 pub use layers::Source;
 pub use preflight::preflight;
+pub use registry::{REWARDS, TEMPLATES, TOOLS, reward_reference, template_tokens};
 pub use schema::{
     Actor, ActorRolloutRef, Agent, Algorithm, Config, Data, Model, Optim, PolicyLoss, Rollout, Sandbox,
     Trainer, ValKwargs,

@@ -176,6 +176,38 @@ fn features_that_are_not_here_say_what_they_are() {
 }
 
 #[test]
+fn a_reward_must_be_named_and_the_error_names_them() {
+    let told = refused(&["agent.reward_name=null"]);
+    assert!(
+        told.starts_with(
+            "agent.reward_name=null (on the command line): training needs a reward for every chain: name one of: \
+             math_reward_format, "
+        ),
+        "{told}"
+    );
+    assert!(told.contains("qa_em_reward"), "{told}");
+    let told = refused(&["agent.reward_name=7"]);
+    assert!(told.contains("expected one of: math_reward_format"), "{told}");
+    assert_eq!(reward_reference("QA_EM_Reward").map(crate::row::Reference::field), Some("golden_answers"));
+}
+
+#[test]
+fn a_chain_may_be_shorter_than_the_default_cap_of_a_turn() {
+    let rollout = given(&["agent.max_model_len=100"]).unwrap().config.actor_rollout_ref.rollout;
+    assert_eq!((rollout.max_model_len, rollout.max_tokens), (Some(100), 1024));
+}
+
+#[test]
+fn discounts_are_said_to_be_idle_whatever_the_estimator() {
+    for estimator in AdvEstimator::ALL {
+        let estimator = format!("algorithm.adv_estimator={estimator}");
+        let notices = given(&[&estimator, "algorithm.gamma=0.9", "algorithm.lam=0.5"]).unwrap().notices;
+        let idle: Vec<_> = notices.iter().map(|notice| notice.key.as_str()).collect();
+        assert_eq!(idle, ["algorithm.gamma", "algorithm.lam"], "{estimator}");
+    }
+}
+
+#[test]
 fn settings_that_exclude_each_other_say_the_way_out() {
     for (settings, told) in [
         (vec!["agent.model_name_or_path=a", "actor_rollout_ref.model.path=b"], "give both the same path"),
@@ -189,7 +221,6 @@ fn settings_that_exclude_each_other_say_the_way_out() {
             "the best chain of a group against the second best, and agent.num_chains=1 gives it one; set \
              agent.num_chains to 2 or more",
         ),
-        (vec!["agent.max_model_len=100"], "a turn of 1024 tokens does not fit in a chain of 100"),
         (
             vec!["agent.num_chains=8", "actor_rollout_ref.actor.ppo_mini_batch_size=48"],
             "the 128 chains of a step do not divide into mini-batches of 48; set \
@@ -211,6 +242,15 @@ fn batches_follow_the_data() {
     let config = given(&["data.train_max_samples=50"]).unwrap().config;
     let plan = batch_plan(&config, Some(1000)).unwrap();
     assert_eq!((plan.questions, plan.steps_per_epoch, plan.total_steps), (Some(50), Some(3), Some(90)));
+    for (asked, in_all) in [(40, 40), (90, 90), (100, 90)] {
+        let asked = format!("trainer.total_training_steps={asked}");
+        let config = given(&["data.train_max_samples=50", &asked]).unwrap().config;
+        let plan = batch_plan(&config, Some(1000)).unwrap();
+        assert_eq!(plan.total_steps, Some(in_all), "{asked}");
+        let cut = "90 optimizer steps: trainer.total_epochs=30 end before the 100 of trainer.total_training_steps; \
+                   raise trainer.total_epochs for more";
+        assert_eq!(plan.in_words().concat().contains(cut), asked.ends_with("=100"), "{:?}", plan.in_words());
+    }
     let too_few = batch_plan(&config, Some(10)).unwrap_err().to_string();
     assert_eq!(
         too_few,

@@ -10,6 +10,7 @@ mod config;
 mod error;
 mod header;
 mod json;
+mod template_fit;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
@@ -21,7 +22,8 @@ use std::path::{Path, PathBuf};
 pub use config::{Architecture, ModelConfig, RopeScaling};
 pub use error::ModelDirError;
 pub use json::read_object;
-pub use tokenizer::chat_template;
+pub use template_fit::{TemplateMisfit, check_template, fitting_templates};
+pub use tokenizer::{chat_template, special_tokens};
 pub use weights::{StoredDtype, StoredTensor};
 pub use window::WindowError;
 

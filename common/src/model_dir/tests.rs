@@ -338,6 +338,15 @@ fn a_tokenizer_with_ids_the_embedding_has_no_rows_for_is_refused() {
 }
 
 #[test]
+fn special_tokens_are_the_added_ones_that_say_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = r#"{"model":{"vocab":{"<|im_start|>":0}},"added_tokens":[
+        {"id":1,"content":"<|eot_id|>","special":true}, {"id":2,"content":"<tool_call>","special":false}, 7]}"#;
+    std::fs::write(dir.path().join("tokenizer.json"), text).unwrap();
+    assert_eq!(special_tokens(dir.path()).unwrap().into_iter().collect::<Vec<_>>(), ["<|eot_id|>"]);
+}
+
+#[test]
 fn the_chat_template_is_in_its_own_file_or_in_the_tokenizers_configuration() {
     let dir = tempfile::tempdir().unwrap();
     let found = || chat_template(dir.path()).map_err(|e| e.to_string());
@@ -365,8 +374,9 @@ fn a_chain_gets_what_is_asked_for_or_the_models_window_and_never_more() {
     };
     assert_eq!(window(None, 64), Ok(64));
     assert_eq!(window(Some(40), 8), Ok(40));
-    assert_eq!(window(Some(65), 8), Err(WindowError::Chain { asked: 65, trained: 64 }));
-    assert_eq!(window(None, 65), Err(WindowError::Turn { asked: 65, trained: 64 }));
+    assert_eq!(window(Some(65), 8), Err(WindowError { asked: 65, trained: 64 }));
+    assert_eq!(window(None, 65), Ok(64), "a turn's cap beyond the window is no cap");
+    assert_eq!(window(Some(40), 65), Ok(40));
     assert_says(&window(Some(65), 8).unwrap_err().to_string(), &["max_model_len=65", "64 tokens"]);
 }
 

@@ -3,6 +3,7 @@
 //! Called by the coordinator; the agent crate, which loads the tokenizer in every rank, finds the model's chat
 //! template with the same [`chat_template`].
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde_json::Value;
@@ -38,6 +39,17 @@ pub(super) fn check(dir: &Path, vocab: i64) -> Result<(), ModelDirError> {
             Err(ModelDirError::TokenOutsideVocabulary { path, token: token.to_owned(), id, vocab })
         }
     }
+}
+
+/// The special tokens: the `added_tokens` of `tokenizer.json` that say so. Each is one id, whatever stands around it.
+///
+/// # Errors
+/// A file that cannot be read, or is not JSON.
+pub fn special_tokens(dir: &Path) -> Result<BTreeSet<String>, ModelDirError> {
+    let map = read_object(&dir.join("tokenizer.json"))?;
+    let added = map.get("added_tokens").and_then(Value::as_array).into_iter().flatten();
+    let special = added.filter(|token| token.get("special").and_then(Value::as_bool) == Some(true));
+    Ok(special.filter_map(|token| Some(token.get("content")?.as_str()?.to_owned())).collect())
 }
 
 /// The model's own chat template: `chat_template.jinja`, else `chat_template` in `tokenizer_config.json`.

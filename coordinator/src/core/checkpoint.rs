@@ -1,7 +1,6 @@
 //! Saving a job: rank 0 writes its files, then the shell commits them together with the job's position.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use super::event::{CheckpointPoint, CoreFault, Decision, Level, Moment, Phase, RankCommand};
 use super::job::{Desk, Job, Life};
@@ -76,7 +75,8 @@ impl Job {
         }
     }
 
-    pub(super) fn late_saving(&self, saving: &Saving, limit: Duration, now: Moment) -> Option<String> {
+    pub(super) fn late_saving(&self, saving: &Saving, now: Moment) -> Option<String> {
+        let limit = self.plan.checkpoint_deadline;
         if now.saturating_sub(saving.since) <= limit {
             return None;
         }
@@ -85,7 +85,7 @@ impl Job {
             true => "waiting for the coordinator to commit the checkpoint".to_owned(),
         };
         Some(format!(
-            "step {}: {waiting}; the limit is {} s: is the disk full or slow?",
+            "step {}: {waiting}; trainer.checkpoint_timeout_seconds={} is over: is the disk full or slow?",
             saving.step,
             limit.as_secs()
         ))

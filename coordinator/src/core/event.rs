@@ -128,6 +128,8 @@ pub enum Event {
     CheckpointWritten { rank: RankId, step: u64 },
     /// The shell committed a checkpoint (manifest written, renamed), or could not.
     CheckpointCommitted { job: JobId, step: u64, result: Result<std::path::PathBuf, CoreFault> },
+    /// The shell can no longer keep what a job makes: its recorder has died.
+    RecorderDied { job: JobId },
     /// A rank reports its own failure.
     RankFailed { rank: RankId, fault: CoreFault },
     /// A rank's process is gone (`cause` names signal or exit code and its last words).

@@ -46,6 +46,8 @@ pub(crate) struct Job {
     pub(crate) life: Life,
     /// Why it waits, while it is queued.
     pub(crate) waits_for: String,
+    /// Since when it is queued and no node that lives could hold it.
+    homeless_since: Option<Moment>,
     pub(crate) steps_done: u64,
     /// Weights all ranks hold, and their hash once attested.
     pub(crate) policy_version: PolicyVersion,
@@ -130,6 +132,7 @@ impl Job {
             ranks: Vec::new(),
             life: Life::Queued,
             waits_for: String::new(),
+            homeless_since: None,
             steps_done,
             policy_version,
             weights_hash: String::new(),
@@ -194,6 +197,29 @@ impl Job {
         }
         self.life = Life::Starting(Starting::new(desk.now));
         self.announce(desk);
+    }
+
+    /// It stays in the queue, for this reason. The wait for other jobs has no limit; that for nodes has one: those
+    /// that could hold it were there when it was submitted, and may be gone for good.
+    pub(crate) fn stays_queued(&mut self, waits_for: String, could_fit: bool, desk: &mut Desk<'_>) {
+        let changed = self.waits_for != waits_for;
+        self.waits_for = waits_for;
+        self.homeless_since = match could_fit {
+            true => None,
+            false => Some(self.homeless_since.unwrap_or(desk.now)),
+        };
+        let limit = self.plan.start_deadline;
+        match self.homeless_since {
+            Some(since) if desk.now.saturating_sub(since) > limit => {
+                let (seconds, waits_for) = (limit.as_secs(), &self.waits_for);
+                let message = format!(
+                    "queued without a place for longer than trainer.startup_timeout_seconds={seconds}: {waits_for}"
+                );
+                self.fail(CoreFault { whose: Whose::Outside, message }, desk);
+            }
+            _ if changed => self.announce(desk),
+            _ => {}
+        }
     }
 
     /// A rank was heard.
@@ -344,8 +370,8 @@ impl Job {
             Life::Queued | Life::Over(_) => None,
             Life::Starting(starting) => self.late_start(starting, desk.now),
             Life::Rollout(rollout) => self.late_rollout(rollout, desk.settings.answer_margin, desk.now),
-            Life::Training(training) => self.late_training(training, desk.settings.train_deadline, desk.now),
-            Life::Saving(saving) => self.late_saving(saving, desk.settings.checkpoint_deadline, desk.now),
+            Life::Training(training) => self.late_training(training, desk.now),
+            Life::Saving(saving) => self.late_saving(saving, desk.now),
             Life::Stopping(stopping) if desk.now < stopping.until => None,
             Life::Stopping(_) => {
                 self.end_late(desk);

@@ -5,7 +5,9 @@
 //!
 //! - `response_length`: tokens the policy sampled. `prompt_length`: real tokens before the first sampled one;
 //!   no padding and no observations are counted (AgentFly counts both).
-//! - `response_length/clip_ratio`: part of the chains that ended because their token budget was spent.
+//! - `response_length/clip_ratio`: part of the chains that were cut short: by the window of the chain, by their
+//!   time, or in their last turn by the tokens a turn may have. (verl: rows as long as the longest response
+//!   allowed.)
 //! - `critic/score`, `critic/rewards`: one number a chain, over chains with at least one sampled token; equal,
 //!   as no KL penalty enters the reward here. `critic/advantages`, `critic/returns`: over sampled tokens; equal
 //!   for outcome rewards.
@@ -32,6 +34,8 @@ pub(super) struct Batch<'a> {
     /// Groups that were asked more than once.
     pub(super) groups_rerun: usize,
     pub(super) rollout_seconds: f64,
+    /// Tokens a turn may have.
+    pub(super) max_turn_tokens: usize,
 }
 
 impl Batch<'_> {
@@ -40,7 +44,7 @@ impl Batch<'_> {
         let mut out = Metrics::new();
         let chains: Vec<&Trajectory> = self.rows.iter().map(|(chain, _)| *chain).collect();
         self.judgement(&mut out);
-        lengths(&mut out, &chains);
+        lengths(&mut out, &chains, self.max_turn_tokens);
         turns(&mut out, &chains);
         extras(&mut out, "reward_extra", &chains);
         self.agent(&mut out, &chains);
@@ -148,8 +152,9 @@ pub(super) fn time(out: &mut Metrics, training: Duration, step: Duration, ranks:
     }
 }
 
-/// `val-core/{source}/{acc,reward}/mean@1`, `val-aux` for the other named parts of the reward, and the time.
-/// Chains come with the source of their row. A part that only some chains have is averaged over those.
+/// `val-core/{source}/{variable}/mean@1` of each source's core variable, which is `acc` where its rewards have that
+/// part and else `reward`; `val-aux/…` of the others; and the time. Chains come with the source of their row. A part
+/// that only some chains have is averaged over those.
 pub(super) fn validation<'a>(
     chains: impl Iterator<Item = (&'a str, &'a Trajectory)>,
     seconds: f64,
@@ -160,10 +165,11 @@ pub(super) fn validation<'a>(
     }
     let mut out = Metrics::new();
     for (source, chains) in &by_source {
-        let reward = mean(chains.iter().map(|chain| chain.reward.value));
-        put(&mut out, &format!("val-core/{source}/reward/mean@1"), reward);
-        for (key, values) in parts(chains) {
-            let kind = if key == "acc" { "val-core" } else { "val-aux" };
+        let mut variables = parts(chains);
+        let core = if variables.contains_key("acc") { "acc" } else { "reward" };
+        variables.insert("reward", chains.iter().map(|chain| chain.reward.value).collect());
+        for (key, values) in variables {
+            let kind = if key == core { "val-core" } else { "val-aux" };
             put(&mut out, &format!("{kind}/{source}/{key}/mean@1"), mean(values.into_iter()));
         }
     }
@@ -173,7 +179,7 @@ pub(super) fn validation<'a>(
     out
 }
 
-fn lengths(out: &mut Metrics, chains: &[&Trajectory]) {
+fn lengths(out: &mut Metrics, chains: &[&Trajectory], max_turn_tokens: usize) {
     let sampled: Vec<f64> = chains.iter().map(|chain| chain.sampled_tokens() as f64).collect();
     spread(out, "response_length", &sampled);
     let prompts: Vec<f64> = chains.iter().map(|chain| prompt_tokens(chain) as f64).collect();
@@ -182,8 +188,31 @@ fn lengths(out: &mut Metrics, chains: &[&Trajectory]) {
     spread(out, "response_length_non_aborted", &whole);
     let part = |count: usize| count as f64 / chains.len().max(1) as f64;
     put(out, "response/aborted_ratio", part(sampled.len() - whole.len()));
-    let cut = |chain: &&&Trajectory| chain.outcome == Outcome::Finished { reason: FinishReason::MaxModelLen };
-    put(out, "response_length/clip_ratio", part(chains.iter().filter(cut).count()));
+    let cut = chains.iter().filter(|chain| is_cut_short(chain, max_turn_tokens));
+    put(out, "response_length/clip_ratio", part(cut.count()));
+}
+
+/// Whether the policy was stopped before it had said all it would: a last turn of `max_turn_tokens` was cut there (or,
+/// rarely, ended with just that token).
+fn is_cut_short(chain: &Trajectory, max_turn_tokens: usize) -> bool {
+    use FinishReason::{MaxModelLen, Timeout};
+    matches!(chain.outcome, Outcome::Finished { reason: MaxModelLen | Timeout })
+        || last_turn_tokens(chain) >= max_turn_tokens
+}
+
+/// Tokens of the last turn: the last run of sampled ones.
+fn last_turn_tokens(chain: &Trajectory) -> usize {
+    let from_the_end = chain.loss_mask.iter().rev().skip_while(|&&sampled| !sampled);
+    from_the_end.take_while(|&&sampled| sampled).count()
+}
+
+/// How many chains have a prompt that left no room for a turn: they hold nothing to train on.
+pub(super) fn without_room<'a>(chains: impl Iterator<Item = &'a Trajectory>) -> usize {
+    let ended_at_once = |chain: &&Trajectory| {
+        chain.sampled_tokens() == 0
+            && chain.outcome == Outcome::Finished { reason: FinishReason::MaxModelLen }
+    };
+    chains.filter(ended_at_once).count()
 }
 
 /// Tokens before the first sampled one.
@@ -244,9 +273,16 @@ mod tests {
         let mut chains =
             [chain(3, 0, 0, 5, 1.0), chain(3, 0, 1, 3, 0.0), chain(3, 1, 0, 4, 0.5), chain(3, 1, 1, 1, 0.5)];
         chains[0].reward.parts.insert("acc".to_owned(), 1.0);
-        chains[1].outcome = Outcome::Finished { reason: FinishReason::MaxModelLen };
         let rows: Vec<_> = chains.iter().zip([1.0, -1.0, 0.0, 0.0]).collect();
-        let out = Batch { step: 3, rows: &rows, faults: 2, groups_rerun: 1, rollout_seconds: 9.0 }.metrics();
+        let batch = Batch {
+            step: 3,
+            rows: &rows,
+            faults: 2,
+            groups_rerun: 1,
+            rollout_seconds: 9.0,
+            max_turn_tokens: 4,
+        };
+        let out = batch.metrics();
         for (name, value) in [
             ("critic/score/mean", 0.5),
             ("critic/score/max", 1.0),
@@ -272,20 +308,48 @@ mod tests {
     }
 
     #[test]
-    fn validation_names_its_data_set() {
+    fn a_chain_is_cut_short_by_the_window_its_time_or_the_length_of_its_last_turn() {
+        let ended = |reason| Trajectory { outcome: Outcome::Finished { reason }, ..chain(1, 0, 0, 4, 0.0) };
+        let masked = |mask: &[u8]| Trajectory {
+            loss_mask: mask.iter().map(|&sampled| sampled == 1).collect(),
+            ..chain(1, 0, 0, mask.len(), 0.0)
+        };
+        for (chain, cut) in [
+            (ended(FinishReason::MaxModelLen), true),
+            (ended(FinishReason::Timeout), true),
+            (ended(FinishReason::Terminal), false),
+            (ended(FinishReason::MaxTurns), false),
+            (masked(&[0, 1, 1, 1, 1]), true),
+            (masked(&[0, 1, 1, 0, 1, 1, 1, 1]), true),
+            // The tool answered a turn that was long, and the last one is short.
+            (masked(&[0, 1, 1, 1, 1, 0, 1]), false),
+            (masked(&[0, 0, 1, 1, 1, 1, 0, 0]), true),
+            (masked(&[0, 0]), false),
+        ] {
+            assert_eq!(is_cut_short(&chain, 4), cut, "{:?} {:?}", chain.outcome, chain.loss_mask);
+        }
+    }
+
+    #[test]
+    fn validation_names_its_data_set_and_its_core_variable() {
         let mut chains = [chain(0, 0, 0, 3, 0.25), chain(0, 1, 0, 3, 0.75), chain(0, 2, 0, 3, 0.5)];
+        chains[2].reward.parts.insert("format".to_owned(), 1.0);
         chains[0].reward.parts.extend([("acc".to_owned(), 1.0), ("format".to_owned(), 0.5)]);
         chains[1].reward.parts.insert("acc".to_owned(), 0.0);
         let out = validation(["aime", "aime", "gsm"].into_iter().zip(&chains), 2.0);
         for (name, value) in [
             ("val-core/aime/acc/mean@1", 0.5),
-            ("val-core/aime/reward/mean@1", 0.5),
-            ("val-core/gsm/reward/mean@1", 0.5),
+            ("val-aux/aime/reward/mean@1", 0.5),
             ("val-aux/aime/format/mean@1", 0.5),
+            ("val-core/gsm/reward/mean@1", 0.5),
+            ("val-aux/gsm/format/mean@1", 1.0),
             ("timing_s/testing", 2.0),
         ] {
             assert_eq!(out.get(name), Some(&value), "{name}");
         }
+        let core = out.keys().filter(|name| name.starts_with("val-core/"));
+        assert_eq!(core.count(), 2, "one a source: {out:?}");
+        assert_eq!(crate::store::metrics_file::validation_accuracy(&out), Some(0.5), "what people are shown");
     }
 
     #[test]

@@ -19,7 +19,8 @@
 //!   chains: one that ended by a fault of the machinery is asked again, never counted as a reward of 0.
 //! - **C3** Policy versions grow by one per training step, and a version counts only when every rank attests
 //!   it with the same hash.
-//! - **C4** Every wait has a deadline, and its error names who was waited for and what that rank last said.
+//! - **C4** Every wait has a deadline, and its error names who was waited for and what that rank last said. Only the
+//!   wait of a queued job for other jobs has none: each of those ends.
 //! - **C5** A job always ends: as soon as its ranks are gone, at the latest when the grace is over.
 //! - **C6** After a job's `Ended` there is no decision about it, except `StopRanks` to a node that comes back
 //!   from the dead.
@@ -29,6 +30,8 @@
 
 pub mod advantage;
 mod checkpoint;
+#[cfg(test)]
+mod edges;
 pub mod event;
 mod fleet;
 mod groups;
@@ -130,6 +133,12 @@ impl State {
             Event::CheckpointCommitted { job, step, result } => {
                 self.with_job(&job, out, |job, desk| job.checkpoint_committed(step, result, desk));
             }
+            Event::RecorderDied { job } => self.with_job(&job, out, |job, desk| {
+                job.fail_us(
+                    "the job's recorder has died: nothing of it can be kept; please report this".to_owned(),
+                    desk,
+                );
+            }),
             rank_event => self.of_rank(rank_event, out),
         }
     }
@@ -282,7 +291,7 @@ impl State {
                 continue;
             };
             let mut desk = Desk { now: self.now, settings: &self.settings, out };
-            let waits_for = match (self.fleet.seats_for(&job.plan), &ahead) {
+            let (waits_for, could_fit) = match (self.fleet.seats_for(&job.plan), &ahead) {
                 (Seating::Now(placements), None) => {
                     for (rank, placement) in (0..).zip(&placements) {
                         self.fleet.seat(placement, RankId { job: id.clone(), rank, incarnation: 1 });
@@ -290,17 +299,14 @@ impl State {
                     job.start(placements, &mut desk);
                     continue;
                 }
-                (Seating::TooSmall(what), _) => what,
+                (Seating::TooSmall(what), _) => (what, false),
                 (Seating::Later(what), _) => {
                     ahead.get_or_insert_with(|| id.clone());
-                    what
+                    (what, true)
                 }
-                (Seating::Now(_), Some(first)) => format!("waiting for job {first} to start first"),
+                (Seating::Now(_), Some(first)) => (format!("waiting for job {first} to start first"), true),
             };
-            if job.waits_for != waits_for {
-                job.waits_for = waits_for;
-                job.announce(&mut desk);
-            }
+            job.stays_queued(waits_for, could_fit, &mut desk);
         }
     }
 }
@@ -308,8 +314,8 @@ impl State {
 /// What a run is told whose checkpoint stands at its last step, or beyond.
 fn nothing_left(steps: u64) -> String {
     format!(
-        "nothing left to do: the run already has its {steps} steps; raise trainer.total_training_steps to go on, or \
-         set trainer.resume_mode=disable to start anew"
+        "nothing left to do: the run already has its {steps} steps; raise trainer.total_training_steps (and \
+         trainer.total_epochs, which bounds it) to go on, or set trainer.resume_mode=disable to start anew"
     )
 }
 

@@ -20,10 +20,6 @@ pub struct CoreSettings {
     pub stop_grace: Duration,
     /// How long after the grace the exit of a rank may take to be heard.
     pub stop_margin: Duration,
-    /// For one training step on all ranks.
-    pub train_deadline: Duration,
-    /// For writing a checkpoint, and again for committing it.
-    pub checkpoint_deadline: Duration,
     /// A rank whose heartbeats stop for so long is taken for hung: they come each second, whatever it does.
     pub rank_silence: Duration,
     /// How long a rank's report of something outside it waits for a better cause: a collective fails on the
@@ -39,8 +35,6 @@ impl Default for CoreSettings {
             node_lease: Duration::from_secs(15),
             stop_grace: Duration::from_secs(10),
             stop_margin: Duration::from_secs(5),
-            train_deadline: Duration::from_secs(3600),
-            checkpoint_deadline: Duration::from_secs(1800),
             rank_silence: Duration::from_secs(60),
             cause_margin: Duration::from_secs(2),
             answer_margin: Duration::from_secs(30),
@@ -87,10 +81,17 @@ pub struct JobPlan {
     pub validate_every: Option<u64>,
     /// `trainer.save_freq`, if positive.
     pub save_every: Option<u64>,
-    /// `trainer.startup_timeout_seconds`: from starting the ranks to all of them attesting their weights.
+    /// `rollout.max_tokens`: tokens a turn may have.
+    pub max_turn_tokens: usize,
+    /// `trainer.startup_timeout_seconds`: from starting the ranks to all of them attesting their weights, and for
+    /// nodes that could hold the job to be there while it is queued.
     pub start_deadline: Duration,
     /// `trainer.rollout_timeout_seconds`: for the chains of one rollout shard.
     pub rollout_deadline: Duration,
+    /// `trainer.train_timeout_seconds`: for one training step on all ranks.
+    pub train_deadline: Duration,
+    /// `trainer.checkpoint_timeout_seconds`: for writing a checkpoint, and again for committing it.
+    pub checkpoint_deadline: Duration,
     /// Where the job goes on, if it resumes.
     pub resume: Option<ResumePoint>,
 }
@@ -137,8 +138,11 @@ impl JobPlan {
             validate_only: trainer.val_only,
             validate_every: positive(trainer.test_freq),
             save_every: positive(trainer.save_freq),
+            max_turn_tokens: config.actor_rollout_ref.rollout.max_tokens as usize,
             start_deadline: Duration::from_secs(trainer.startup_timeout_seconds),
             rollout_deadline: Duration::from_secs(trainer.rollout_timeout_seconds),
+            train_deadline: Duration::from_secs(trainer.train_timeout_seconds),
+            checkpoint_deadline: Duration::from_secs(trainer.checkpoint_timeout_seconds),
             resume: spec.resume.clone(),
         })
     }

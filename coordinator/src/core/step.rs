@@ -4,7 +4,6 @@
 //! must be global. A step counts when all ranks attest the next policy version with the same hash.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
 
 use agentfly_common::error::Whose;
 use agentfly_common::ids::PolicyVersion;
@@ -71,6 +70,14 @@ impl Job {
         let Some(chains) = rollout.groups.into_chains() else {
             return self.fail_us(format!("step {step}: groups were not complete when training began"), desk);
         };
+        let (no_room, of) = (metrics::without_room(chains.iter().map(|(chain, _)| chain)), chains.len());
+        if chains.iter().all(|(chain, _)| chain.sampled_tokens() == 0) {
+            let rows = chains.into_iter();
+            let rows =
+                rows.map(|(trajectory, row)| JudgedTrajectory { trajectory, advantage: None, row }).collect();
+            desk.out.push(Decision::KeepTrajectories { job: self.id.clone(), purpose, step, rows });
+            return self.fail(nothing_to_train_on(step, no_room, of), desk);
+        }
         let advantages = match self.judge(step, &chains) {
             Ok(advantages) => advantages,
             Err(fault) => return self.fail(fault, desk),
@@ -79,7 +86,8 @@ impl Job {
         let teaches = rows.iter().any(|(chain, advantage)| chain.sampled_tokens() > 0 && *advantage != 0.0);
         let (mini_batch_rows, world_size) = (self.plan.mini_batch_rows, self.plan.world_size);
         let shards = plan::shards(step, self.policy_version, &rows, mini_batch_rows, world_size);
-        let batch = Batch { step, rows: &rows, faults, groups_rerun, rollout_seconds };
+        let max_turn_tokens = self.plan.max_turn_tokens;
+        let batch = Batch { step, rows: &rows, faults, groups_rerun, rollout_seconds, max_turn_tokens };
         let mut batch_metrics = batch.metrics();
         batch_metrics.extend(metrics::balance(&rows, &shards));
         batch_metrics.extend(reduce(rollout.measured.iter()));
@@ -92,6 +100,13 @@ impl Job {
             step,
             rows: rows.collect(),
         });
+        if no_room > 0 {
+            let text = format!(
+                "step {step}: {no_room} of {of} chains have a prompt that leaves no room for a turn within {WINDOW}; \
+                 nothing is learned from them"
+            );
+            self.log(Level::Warn, text, desk);
+        }
         for (rank, shard) in self.ranks.iter().zip(shards) {
             desk.out.push(Decision::OfferShard { rank: rank.id.clone(), shard: Box::new(shard) });
         }
@@ -240,13 +255,35 @@ impl Job {
     }
 
     /// Which ranks are late with their training, in words.
-    pub(super) fn late_training(&self, training: &Training, limit: Duration, now: Moment) -> Option<String> {
+    pub(super) fn late_training(&self, training: &Training, now: Moment) -> Option<String> {
+        let limit = self.plan.train_deadline;
         if now.saturating_sub(training.since) <= limit {
             return None;
         }
         let late: BTreeSet<usize> =
             (0..self.ranks.len()).filter(|rank| !training.done.contains_key(rank)).collect();
         let waiting = self.waiting(late.into_iter(), "finish training", now);
-        Some(format!("step {}: {waiting}; the limit is {} s", training.step, limit.as_secs()))
+        let seconds = limit.as_secs();
+        Some(format!("step {}: {waiting}; trainer.train_timeout_seconds={seconds} is over", training.step))
     }
+}
+
+/// The key that says how long a chain may be.
+const WINDOW: &str = "actor_rollout_ref.rollout.max_model_len (unset: the model's window)";
+
+/// The end of a job whose step of `of` chains has no sampled token: prompts that leave no room are the operator's;
+/// without one, a worker sent chains that cannot be.
+fn nothing_to_train_on(step: u64, no_room: usize, of: usize) -> CoreFault {
+    if no_room == 0 {
+        let message = format!(
+            "step {step}: none of its {of} chains has a sampled token, though prompts left room for one"
+        );
+        return CoreFault { whose: Whose::Us, message };
+    }
+    let message = format!(
+        "step {step}: none of its {of} chains has a sampled token, so there is nothing to train on: the prompts of \
+         {no_room} leave no room for a turn within {WINDOW}; raise that, or shorten the questions in data.train_files \
+         or agent.system_prompt"
+    );
+    CoreFault { whose: Whose::Operator, message }
 }

@@ -47,8 +47,11 @@ pub(super) fn plan(world_size: u32) -> JobPlan {
         validate_only: false,
         validate_every: None,
         save_every: None,
+        max_turn_tokens: 64,
         start_deadline: Duration::from_secs(60),
         rollout_deadline: Duration::from_secs(60),
+        train_deadline: Duration::from_secs(60),
+        checkpoint_deadline: Duration::from_secs(60),
         resume: None,
     }
 }

@@ -4,18 +4,18 @@
 //! stay true: rows never change after loading; the order depends on (seed, epoch) alone, on every platform and in
 //! every version; a [`Cursor`] from a checkpoint gives exactly the rest.
 
+#[cfg(test)]
+mod edges;
 mod order;
 mod read;
 
 use std::path::{Path, PathBuf};
 
+use agentfly_common::row::{QUESTION_FIELDS, Reference};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 pub use order::{Cursor, Order};
-
-/// The fields a question's text may be in, best first (AgentFly).
-pub const TEXT_FIELDS: [&str; 4] = ["prompt", "question", "instruction", "problem"];
 
 /// One question. Immutable once loaded.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -24,12 +24,19 @@ pub struct Row {
     pub id: String,
     /// The user's turn, exactly as in the file: LaTeX and line breaks kept.
     pub text: String,
-    /// The right answer, for the reward.
-    pub answer: String,
-    /// Every other field, for the reward, in the file's order.
+    /// Every other field, what the reward compares with among them, in the file's order.
     pub extra: Map<String, Value>,
     /// The row's `data_source`, or its file's name without the extension: names it in metrics.
     pub data_source: String,
+}
+
+/// What the reward of a job needs of every row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Need<'a> {
+    /// The reward's name, for errors.
+    pub reward: &'a str,
+    /// The field it compares with.
+    pub reference: Reference,
 }
 
 /// What is refused without being read.
@@ -53,15 +60,16 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Reads `.json` (an array of objects) and `.jsonl` (an object a line) files, in this order.
+    /// Reads `.json` (an array of objects) and `.jsonl` (an object a line) files, in this order. Every row must have
+    /// what `reward` compares a reply with.
     ///
     /// # Errors
     /// The first thing that is wrong, with file, row (counted from 1) and field.
-    pub fn load(paths: &[PathBuf], limits: Limits) -> Result<Self, DataError> {
+    pub fn load(paths: &[PathBuf], reward: &Need<'_>, limits: Limits) -> Result<Self, DataError> {
         let mut rows = Vec::new();
         let mut seen = read::SeenIds::default();
         for path in paths {
-            read::file(path, limits, &mut seen, &mut rows)?;
+            read::file(path, reward, limits, &mut seen, &mut rows)?;
         }
         Ok(Self { rows })
     }
@@ -153,10 +161,12 @@ pub enum DataError {
         offset: usize,
     },
     /// No rows.
-    #[error("{}: no questions in it; expected objects with {} and \"answer\"", path.display(), text_fields())]
+    #[error("{}: no questions in it; expected objects with {} and \"{needed}\"", path.display(), question_fields())]
     Empty {
         /// The file.
         path: PathBuf,
+        /// The field that the reward needs.
+        needed: &'static str,
     },
     /// JSON of another shape than a list of objects.
     #[error("{}: expected a list of objects, found {found}", path.display())]
@@ -206,7 +216,7 @@ pub enum DataError {
         /// What it is.
         found: String,
         /// What it should be.
-        expected: &'static str,
+        expected: String,
     },
     /// Two rows with one id.
     #[error("{second}: field \"id\" is {id}, which {first} has already; ids must differ")]
@@ -228,7 +238,7 @@ impl DataError {
     }
 }
 
-fn text_fields() -> String {
-    let quoted: Vec<_> = TEXT_FIELDS.iter().map(|field| format!("\"{field}\"")).collect();
+fn question_fields() -> String {
+    let quoted: Vec<_> = QUESTION_FIELDS.iter().map(|field| format!("\"{field}\"")).collect();
     quoted.join(" or ")
 }

@@ -5,9 +5,10 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use agentfly_common::row::QUESTION_FIELDS;
 use serde_json::{Map, Value};
 
-use super::{DataError, Limits, Place, Row, TEXT_FIELDS, text_fields};
+use super::{DataError, Limits, Need, Place, Row, question_fields};
 
 /// The ids so far, with the row of each, over all files of a data set.
 #[derive(Default)]
@@ -22,6 +23,7 @@ const HEAD_BYTES: u64 = 4096;
 /// Reads one file and appends its rows.
 pub(super) fn file(
     path: &Path,
+    need: &Need<'_>,
     limits: Limits,
     seen: &mut SeenIds,
     rows: &mut Vec<Row>,
@@ -31,9 +33,12 @@ pub(super) fn file(
     let lines = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("jsonl"));
     let values = if lines { parse_lines(path, &text)? } else { parse_list(path, &text)? };
     for (number, value) in values {
-        rows.push(row(Place::new(path, number), value, rows.len(), seen)?);
+        rows.push(row(Place::new(path, number), value, rows.len(), need, seen)?);
     }
-    if rows.len() == before { Err(DataError::Empty { path: path.to_owned() }) } else { Ok(()) }
+    if rows.len() == before {
+        return Err(DataError::Empty { path: path.to_owned(), needed: need.reference.field() });
+    }
+    Ok(())
 }
 
 /// The file's text, if its name, size and first bytes say that it can be questions.
@@ -130,7 +135,13 @@ fn not_json(path: &Path, line: usize, error: &serde_json::Error) -> DataError {
 }
 
 /// Checks one value and takes it apart. `index` is its number in the data set, from 0.
-fn row(place: Place, value: Value, index: usize, seen: &mut SeenIds) -> Result<Row, DataError> {
+fn row(
+    place: Place,
+    value: Value,
+    index: usize,
+    need: &Need<'_>,
+    seen: &mut SeenIds,
+) -> Result<Row, DataError> {
     let Value::Object(mut fields) = value else {
         return Err(DataError::NotAnObject { place, found: describe(&value) });
     };
@@ -140,20 +151,15 @@ fn row(place: Place, value: Value, index: usize, seen: &mut SeenIds) -> Result<R
         Some(Value::Number(id)) if id.is_i64() || id.is_u64() => id.to_string(),
         Some(other) => return Err(wrong_type(place, "id", &other, "a string or a whole number")),
     };
-    let Some(text_field) = TEXT_FIELDS.into_iter().find(|name| fields.contains_key(*name)) else {
-        return Err(missing(place, text_fields(), &fields));
+    let Some(text_field) = QUESTION_FIELDS.into_iter().find(|name| fields.contains_key(*name)) else {
+        return Err(missing(place, question_fields(), &fields));
     };
+    check_reference(&place, need, &fields)?;
     let text = match fields.shift_remove(text_field) {
         Some(Value::String(text)) if !text.trim().is_empty() => text,
         other => {
             return Err(wrong_type(place, text_field, &other.unwrap_or_default(), "text that is not empty"));
         }
-    };
-    let answer = match fields.shift_remove("answer") {
-        None => return Err(missing(place, "\"answer\"".to_owned(), &fields)),
-        Some(Value::String(answer)) => answer,
-        Some(Value::Number(answer)) => answer.to_string(),
-        Some(other) => return Err(wrong_type(place, "answer", &other, "a string or a number")),
     };
     let data_source = match fields.get("data_source") {
         None | Some(Value::Null) => file_stem(&place.path),
@@ -164,7 +170,23 @@ fn row(place: Place, value: Value, index: usize, seen: &mut SeenIds) -> Result<R
         return Err(DataError::DuplicateId { id, first: first.clone(), second: place });
     }
     seen.0.insert(id.clone(), place);
-    Ok(Row { id, text, answer, extra: fields, data_source })
+    Ok(Row { id, text, extra: fields, data_source })
+}
+
+/// The field that the reward compares with; those of other rewards may be absent, or anything.
+fn check_reference(place: &Place, need: &Need<'_>, fields: &Map<String, Value>) -> Result<(), DataError> {
+    let (field, expected) = (need.reference.field(), need.reference.expected());
+    match fields.get(field) {
+        None => {
+            let field = format!("\"{field}\", which agent.reward_name={} compares with", need.reward);
+            Err(missing(place.clone(), field, fields))
+        }
+        Some(value) if need.reference.accepts(value) => Ok(()),
+        Some(other) => {
+            let expected = format!("{expected}, for agent.reward_name={}", need.reward);
+            Err(wrong_type(place.clone(), field, other, expected))
+        }
+    }
 }
 
 fn file_stem(path: &Path) -> String {
@@ -177,8 +199,9 @@ fn missing(place: Place, field: String, fields: &Map<String, Value>) -> DataErro
     DataError::MissingField { place, field, found }
 }
 
-fn wrong_type(place: Place, field: &str, found: &Value, expected: &'static str) -> DataError {
-    DataError::WrongType { place, field: field.to_owned(), found: describe(found), expected }
+fn wrong_type(place: Place, field: &str, found: &Value, expected: impl Into<String>) -> DataError {
+    let (field, found) = (field.to_owned(), describe(found));
+    DataError::WrongType { place, field, found, expected: expected.into() }
 }
 
 /// A value in a few words.
@@ -210,22 +233,27 @@ fn shorten(text: &str) -> String {
 mod tests {
     use std::path::PathBuf;
 
+    use agentfly_common::row::Reference;
+
     use super::super::Dataset;
     use super::*;
 
+    const MATH: Need<'_> = Need { reward: "math_equal_reward", reference: Reference::Answer };
+    const QA: Need<'_> = Need { reward: "qa_em_reward", reference: Reference::GoldenAnswers };
+
     /// Loads files with these names and contents; errors are text with the folder left out.
     fn load(files: &[(&str, &[u8])]) -> Result<Dataset, String> {
-        load_within(files, Limits::default())
+        load_for(&MATH, files, Limits::default())
     }
 
-    fn load_within(files: &[(&str, &[u8])], limits: Limits) -> Result<Dataset, String> {
+    fn load_for(need: &Need<'_>, files: &[(&str, &[u8])], limits: Limits) -> Result<Dataset, String> {
         let folder = tempfile::tempdir().unwrap();
         let paths: Vec<PathBuf> = files.iter().map(|(name, _)| folder.path().join(name)).collect();
         for (path, (_, content)) in paths.iter().zip(files) {
             std::fs::write(path, content).unwrap();
         }
         let prefix = format!("{}/", folder.path().display());
-        Dataset::load(&paths, limits).map_err(|error| error.to_string().replace(&prefix, ""))
+        Dataset::load(&paths, need, limits).map_err(|error| error.to_string().replace(&prefix, ""))
     }
 
     #[test]
@@ -236,14 +264,11 @@ mod tests {
         ]"#;
         let data = load(&[("train.json", list)]).unwrap();
         let row = &data.rows()[0];
-        assert_eq!((row.id.as_str(), row.answer.as_str(), row.data_source.as_str()), ("7", "2", "train"));
+        assert_eq!((row.id.as_str(), row.data_source.as_str()), ("7", "train"));
         assert_eq!(row.text, "Find $\\frac{1}{2}$ of\n4.");
-        assert_eq!(serde_json::to_string(&row.extra).unwrap(), r#"{"level":3,"tags":["a"]}"#);
+        assert_eq!(serde_json::to_string(&row.extra).unwrap(), r#"{"answer":"2","level":3,"tags":["a"]}"#);
         let second = &data.rows()[1];
-        assert_eq!(
-            (second.id.as_str(), second.text.as_str(), second.answer.as_str()),
-            ("1", "first of four", "5")
-        );
+        assert_eq!((second.id.as_str(), second.text.as_str()), ("1", "first of four"));
         assert_eq!(second.extra["question"], "q", "only the field that was taken is gone");
         assert_eq!(second.data_source, "extra");
     }
@@ -261,11 +286,11 @@ mod tests {
     #[test]
     fn a_wrong_file_is_told_by_file_row_and_field() {
         let cases: [(&str, &[u8], &str); 17] = [
-            ("a.json", br#"[{"question":"q","answer":"1"},{"question":"q","level":2}]"#, r#"a.json, row 2: no "answer"; the fields are: "level""#),
+            ("a.json", br#"[{"question":"q","answer":"1"},{"question":"q","level":2}]"#, r#"a.json, row 2: no "answer", which agent.reward_name=math_equal_reward compares with; the fields are: "question", "level""#),
             ("a.json", br#"[{"text":"q","answer":"1"}]"#, r#"a.json, row 1: no "prompt" or "question" or "instruction" or "problem"; the fields are: "text", "answer""#),
             ("a.json", br#"[{"question":["q"],"answer":"1"}]"#, r#"a.json, row 1: field "question" is a list of 1; expected text that is not empty"#),
             ("a.json", br#"[{"question":" ","answer":"1"}]"#, r#"a.json, row 1: field "question" is an empty string; expected text that is not empty"#),
-            ("a.json", br#"[{"question":"q","answer":null}]"#, r#"a.json, row 1: field "answer" is null; expected a string or a number"#),
+            ("a.json", br#"[{"question":"q","answer":null}]"#, r#"a.json, row 1: field "answer" is null; expected a string or a number, for agent.reward_name=math_equal_reward"#),
             ("a.json", br#"[{"id":1.5,"question":"q","answer":"1"}]"#, r#"a.json, row 1: field "id" is the number 1.5; expected a string or a whole number"#),
             ("a.json", br#"{"question":"q","answer":"1"}"#, r#"a.json: expected a list of objects, found an object with "question", "answer""#),
             ("a.json", b"[1]", "a.json, row 1: expected an object, found the number 1"),
@@ -285,23 +310,56 @@ mod tests {
     }
 
     #[test]
+    fn a_row_needs_what_its_reward_compares_with_and_nothing_of_other_rewards() {
+        let load = |need, row: &str| {
+            let rows = load_for(need, &[("a.jsonl", row.as_bytes())], Limits::default())?;
+            Ok::<_, String>(rows.rows()[0].extra.clone())
+        };
+        for golden in [r#"["Paris","the city of Paris"]"#, r#""Paris""#, "1789"] {
+            let extra = load(&QA, &format!(r#"{{"question":"q","golden_answers":{golden}}}"#)).unwrap();
+            assert_eq!(
+                extra["golden_answers"].to_string(),
+                golden,
+                "as in the file, and no answer beside it"
+            );
+            assert!(!extra.contains_key("answer"));
+        }
+        load(&MATH, r#"{"question":"q","answer":"1","golden_answers":null}"#).unwrap();
+        load(&QA, r#"{"question":"q","answer":null,"golden_answers":"1"}"#).unwrap();
+        assert_eq!(
+            load(&QA, r#"{"question":"q","answer":"1"}"#).unwrap_err(),
+            r#"a.jsonl, row 1: no "golden_answers", which agent.reward_name=qa_em_reward compares with; the fields are: "question", "answer""#
+        );
+        assert_eq!(
+            load(&QA, r#"{"question":"q","golden_answers":[]}"#).unwrap_err(),
+            r#"a.jsonl, row 1: field "golden_answers" is a list of 0; expected a list of strings that is not empty, a string or a number, for agent.reward_name=qa_em_reward"#
+        );
+        assert!(
+            load_for(&QA, &[("a.json", b"[]")], Limits::default())
+                .unwrap_err()
+                .ends_with("and \"golden_answers\"")
+        );
+    }
+
+    #[test]
     fn gigabytes_of_something_else_are_not_read() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image.json");
         File::create(&path).unwrap().set_len(3 << 30).unwrap(); // sparse: takes no room
-        let error = Dataset::load(&[path], Limits::default()).unwrap_err();
+        let error = Dataset::load(&[path], &MATH, Limits::default()).unwrap_err();
         assert!(
             matches!(error, DataError::TooLarge { bytes: 3_221_225_472, limit: 2_147_483_648, .. }),
             "{error}"
         );
-        let small = load_within(&[("a.json", b"[    ]")], Limits { file_bytes: 5 }).unwrap_err();
+        let small = load_for(&MATH, &[("a.json", b"[    ]")], Limits { file_bytes: 5 }).unwrap_err();
         assert_eq!(small, "a.json: 6 bytes, more than the 5 that are read as questions; split it");
     }
 
     #[test]
     fn a_missing_file_is_named() {
-        let told =
-            Dataset::load(&[PathBuf::from("no/such.json")], Limits::default()).unwrap_err().to_string();
+        let told = Dataset::load(&[PathBuf::from("no/such.json")], &MATH, Limits::default())
+            .unwrap_err()
+            .to_string();
         assert!(told.starts_with("no/such.json: No such file"), "{told}");
     }
 }

@@ -46,7 +46,7 @@ impl Scheduler {
             }
             Decision::CommitCheckpoint { job, point } => return Ok(self.commit(job, point).await),
             Decision::Log { job, level, text } => self.log(&job, wire::level_name(level), text)?,
-            Decision::Ended { job, end } => self.end(&job, end).await,
+            Decision::Ended { job, end } => self.end(&job, end).await?,
         }
         Ok(None)
     }
@@ -120,10 +120,26 @@ impl Scheduler {
         Some(Event::CheckpointCommitted { job, step, result: Err(CoreFault { whose, message }) })
     }
 
-    async fn end(&mut self, job: &str, end: JobEnd) {
+    /// The job is over: its recorder hears it, and says when everything is on disk.
+    async fn end(&mut self, job: &str, end: JobEnd) -> Result<(), JournalError> {
         self.parts.shelf.clear(job);
         let seconds = self.jobs.get(job).map_or(0.0, |open| open.seconds(self.now()));
-        self.record(job, Record::End { end, seconds }).await;
+        if self.record(job, Record::End { end: end.clone(), seconds }).await {
+            if let Some(open) = self.jobs.get_mut(job) {
+                open.end = Some(end);
+            }
+            return Ok(());
+        }
+        self.ended_unrecorded(job, end)
+    }
+
+    /// The end of a job whose recorder has died: its watchers must hear it all the same.
+    pub(super) fn ended_unrecorded(&mut self, job: &str, end: JobEnd) -> Result<(), JournalError> {
+        let text = "the job's recorder has ended before the job: summary.json and reward_curve.svg are missing, and \
+                    newer metrics and chains may be; please report this";
+        tracing::error!(job, "{text}");
+        self.log(job, "error", text.to_owned())?;
+        self.ended(job, end, String::new())
     }
 
     /// Hands a record to the job's recorder; false when there is none.
@@ -140,20 +156,23 @@ impl Scheduler {
             Recorded::Committed { job, step, result } => {
                 self.apply(Event::CheckpointCommitted { job, step, result }).await
             }
-            Recorded::Trouble { job, text } => self.log(&job, "error", text),
-            Recorded::Ended { job, end, summary_json } => {
-                let state = state_name(end.state);
-                metrics::counter!(names::JOBS_ENDED, "state" => state).increment(1);
-                tracing::info!(job, state, "{}", end.detail);
-                let fault = end.fault.as_ref().map(wire::fault_to);
-                let ended = pb::Ended { state: state.to_owned(), detail: end.detail, fault, summary_json };
-                self.publish(&job, Kind::Ended(ended))?;
-                self.parts.feeds.close(&job);
-                self.jobs.remove(&job);
-                self.check_drained();
-                Ok(())
-            }
+            Recorded::Trouble { job, text, .. } => self.log(&job, "error", text),
+            Recorded::Ended { job, end, summary_json } => self.ended(&job, end, summary_json),
         }
+    }
+
+    /// Tells the job's end to those who watch, and forgets it.
+    fn ended(&mut self, job: &str, end: JobEnd, summary_json: String) -> Result<(), JournalError> {
+        let state = state_name(end.state);
+        metrics::counter!(names::JOBS_ENDED, "state" => state).increment(1);
+        tracing::info!(job, state, "{}", end.detail);
+        let fault = end.fault.as_ref().map(wire::fault_to);
+        let ended = pb::Ended { state: state.to_owned(), detail: end.detail, fault, summary_json };
+        self.publish(job, Kind::Ended(ended))?;
+        self.parts.feeds.close(job);
+        self.jobs.remove(job);
+        self.check_drained();
+        Ok(())
     }
 
     /// A line for the job's log.

@@ -8,8 +8,8 @@ use agentfly_proto::v1 as pb;
 use tokio::sync::mpsc;
 
 use super::{Parts, wire};
-use crate::core::event::{CoreFault, JobState, Moment, RankCommand};
-use crate::recorder::{RECORDS, Record, Recorded, Recorder, checkpoint_fault};
+use crate::core::event::{CoreFault, JobEnd, JobState, Moment, RankCommand};
+use crate::recorder::{Answers, RECORDS, Record, Recorder, checkpoint_fault};
 use crate::store::StoreError;
 use crate::store::checkpoints::Checkpoints;
 use crate::submission::{Questions, Submission};
@@ -27,6 +27,8 @@ pub(super) struct OpenJob {
     started: Option<Moment>,
     /// Chains that arrived and are not yet kept, to tell a worker that sends one twice.
     arrived: HashSet<(u64, ChainKey)>,
+    /// How it ended, while its recorder puts the rest on disk.
+    pub(super) end: Option<JobEnd>,
 }
 
 impl OpenJob {
@@ -35,7 +37,7 @@ impl OpenJob {
         id: &str,
         submission: Submission,
         parts: &Parts,
-        answers: mpsc::Sender<Recorded>,
+        answers: Answers,
     ) -> Result<Self, StoreError> {
         let Submission { spec, new_job, questions, run_dir, .. } = submission;
         let (checkpoints, logs) = (run_dir.checkpoints().clone(), run_dir.path().join("logs"));
@@ -58,6 +60,7 @@ impl OpenJob {
             state: JobState::Queued,
             started: None,
             arrived: HashSet::new(),
+            end: None,
         })
     }
 
@@ -70,6 +73,11 @@ impl OpenJob {
         if state != JobState::Queued {
             self.started.get_or_insert(now);
         }
+    }
+
+    /// Whether its recorder is no longer there: it takes nothing, and will answer nothing.
+    pub(super) fn lost_its_recorder(&self) -> bool {
+        self.records.is_closed()
     }
 
     /// Since it left the queue.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  sessions, people ──Message, mpsc(256)──▶ ┌───────────┐ ──▶ journal (first), feeds, shelf
-//!  recorders ───────Recorded, mpsc(64)────▶ │ Scheduler │ ──▶ outboxes of nodes and ranks
+//!  recorders ───────Recorded, mpsc(128)───▶ │ Scheduler │ ──▶ outboxes of nodes and ranks
 //!  clock ───────────Tick each second──────▶ └───────────┘ ──▶ recorders
 //! ```
 //! Facts become the core's events in the order they come in; its decisions are carried out in order, before the
@@ -17,6 +17,8 @@ mod decisions;
 mod handle;
 mod job;
 pub mod sessions;
+#[cfg(test)]
+mod tests;
 pub mod wire;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -35,7 +37,7 @@ use crate::core::{CoreSettings, State};
 use crate::failure::{Failure, Outcome};
 use crate::feed::Feeds;
 use crate::journal::{Journal, JournalError};
-use crate::recorder::Recorded;
+use crate::recorder::{Answers, Recorded};
 use crate::shelf::Shelf;
 use crate::submission::Submission;
 
@@ -48,8 +50,6 @@ use sessions::{Sessions, Stuck};
 const INBOX: usize = 256;
 /// Jobs queued or running at the same time.
 const MAX_OPEN_JOBS: usize = 32;
-/// Answers of recorders: each open job owes at most two.
-const ANSWERS: usize = 2 * MAX_OPEN_JOBS;
 
 /// What the scheduler works with.
 #[derive(Clone)]
@@ -73,7 +73,7 @@ pub struct Scheduler {
     began: Instant,
     inbox: mpsc::Receiver<Message>,
     answers: mpsc::Receiver<Recorded>,
-    answer_to: mpsc::Sender<Recorded>,
+    answer_to: Answers,
     nodes_alive: watch::Sender<usize>,
     /// Set while the head stops: no job is taken, and this is told when none is left.
     draining: Option<oneshot::Sender<()>>,
@@ -85,7 +85,7 @@ impl Scheduler {
     #[must_use]
     pub fn new(settings: CoreSettings, parts: Parts) -> (Self, SchedulerHandle) {
         let (to_inbox, inbox) = mpsc::channel(INBOX);
-        let (answer_to, answers) = mpsc::channel(ANSWERS);
+        let (answer_to, answers) = Answers::channel(MAX_OPEN_JOBS);
         let nodes_alive = watch::Sender::new(0);
         let handle = SchedulerHandle::new(to_inbox, nodes_alive.subscribe());
         let scheduler = Self {
@@ -140,7 +140,29 @@ impl Scheduler {
                 }
             }
         }
+        self.bury_recorders().await?;
         self.apply(Event::Tick).await
+    }
+
+    /// Ends the jobs whose recorder has died. It answers an end before it closes its channel, so the answers that
+    /// are there come first.
+    async fn bury_recorders(&mut self) -> Result<(), JournalError> {
+        let dead = |(id, job): (&JobId, &OpenJob)| job.lost_its_recorder().then(|| id.clone());
+        let dead: Vec<JobId> = self.jobs.iter().filter_map(dead).collect();
+        if dead.is_empty() {
+            return Ok(());
+        }
+        while let Ok(answer) = self.answers.try_recv() {
+            self.recorded(answer).await?;
+        }
+        for id in dead {
+            match self.jobs.get_mut(&id).map(|job| job.end.take()) {
+                Some(Some(end)) => self.ended_unrecorded(&id, end)?,
+                Some(None) => self.apply(Event::RecorderDied { job: id }).await?,
+                None => {}
+            }
+        }
+        Ok(())
     }
 
     async fn take(&mut self, message: Message) -> Result<(), JournalError> {

@@ -24,7 +24,7 @@ struct Seen {
     /// Chains the core was told of, without those that ended by a fault.
     told: BTreeSet<ChainKey>,
     counted: BTreeSet<ChainKey>,
-    /// Keys of the last step that was kept, and of the shards offered for it.
+    /// Keys of the last step that was kept, without the chains that sampled nothing, and of the shards offered for it.
     kept: (u64, BTreeSet<ChainKey>),
     offered: BTreeSet<ChainKey>,
     attested: BTreeMap<u64, BTreeMap<u32, (PolicyVersion, String)>>,
@@ -91,7 +91,8 @@ impl Checker {
                 }
                 if *purpose == Purpose::Train {
                     assert_eq!(rows.len(), seen.rows_per_step, "C2: incomplete groups in step {step}");
-                    seen.kept = (*step, keys);
+                    let sampling = rows.iter().filter(|row| row.trajectory.sampled_tokens() > 0);
+                    seen.kept = (*step, sampling.map(|row| row.trajectory.key).collect());
                     seen.offered.clear();
                 }
             }

@@ -74,8 +74,6 @@ pub(crate) fn settings() -> CoreSettings {
         node_lease: Duration::from_secs(15),
         stop_grace: Duration::from_secs(10),
         stop_margin: Duration::from_secs(5),
-        train_deadline: Duration::from_secs(60),
-        checkpoint_deadline: Duration::from_secs(60),
         rank_silence: Duration::from_secs(30),
         cause_margin: Duration::from_secs(2),
         answer_margin: Duration::from_secs(10),
@@ -94,6 +92,8 @@ pub(crate) fn config(overrides: &[&str]) -> Config {
         "trainer.val_before_train=False",
         "trainer.startup_timeout_seconds=60",
         "trainer.rollout_timeout_seconds=60",
+        "trainer.train_timeout_seconds=60",
+        "trainer.checkpoint_timeout_seconds=60",
     ];
     let all: Vec<String> = small.iter().chain(overrides).map(|text| (*text).to_owned()).collect();
     resolve(&all, None, []).unwrap().config

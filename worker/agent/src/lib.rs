@@ -8,6 +8,7 @@
 
 pub mod agents;
 pub mod chain;
+pub mod clock;
 pub mod rewards;
 pub mod template;
 #[cfg(test)]

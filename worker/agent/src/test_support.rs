@@ -49,9 +49,13 @@ fn tokenizer_json() -> Value {
 
 /// A tokenizer with the given chat template of its own.
 pub(crate) fn tokenizer_with_template(chat_template: &str) -> Arc<ChatTokenizer> {
+    tokenizer_with_config(&json!({"eos_token": {"content": "<|endoftext|>"}, "chat_template": chat_template}))
+}
+
+/// A tokenizer with the given `tokenizer_config.json`.
+pub(crate) fn tokenizer_with_config(config: &Value) -> Arc<ChatTokenizer> {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("tokenizer.json"), tokenizer_json().to_string()).unwrap();
-    let config = json!({"eos_token": {"content": "<|endoftext|>"}, "chat_template": chat_template});
     std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
     Arc::new(ChatTokenizer::from_dir(dir.path()).unwrap())
 }

@@ -15,7 +15,7 @@ use tokenizers::Tokenizer;
 const ESCAPE_OPEN: char = '\u{10FFFD}';
 /// Closes an escape.
 const ESCAPE_CLOSE: char = '\u{10FFFC}';
-/// What closes a turn in every named template.
+/// What closes a turn in every named template; [`crate::template::ChatTemplate`] refuses one without it.
 const DEFAULT_END_OF_TURN: &str = "<|im_end|>";
 
 /// A tokenizer could not be loaded or used.
@@ -56,6 +56,8 @@ pub enum TokenizerError {
 
 /// A tokenizer with the special ids that chats need.
 pub struct ChatTokenizer {
+    /// The model directory it came from.
+    dir: PathBuf,
     /// Recognises no special token: `encode_special_tokens` is set.
     tokenizer: Tokenizer,
     /// Special tokens, longest first, so that the longest match wins.
@@ -81,14 +83,14 @@ impl ChatTokenizer {
             .map_err(|e| TokenizerError::File { path: path.clone(), cause: e.to_string() })?;
         let config = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
         let chat_template = chat_template(dir).map_err(|e| TokenizerError::Dir(Box::new(e)))?;
-        Self::new(tokenizer, &config, chat_template, &path)
+        Self::new(tokenizer, &config, chat_template, dir)
     }
 
     fn new(
         mut tokenizer: Tokenizer,
         config: &Value,
         chat_template: Option<String>,
-        path: &Path,
+        dir: &Path,
     ) -> Result<Self, TokenizerError> {
         let mut specials: Vec<(String, u32)> = tokenizer
             .get_added_tokens_decoder()
@@ -103,7 +105,7 @@ impl ChatTokenizer {
             }
             let problem =
                 if tokenizer.token_to_id(token).is_some() { "not special" } else { "not in the vocabulary" };
-            Err(TokenizerError::SpecialToken { path: path.to_owned(), token: token.to_owned(), problem })
+            Err(TokenizerError::SpecialToken { path: dir.to_owned(), token: token.to_owned(), problem })
         };
         let eos_text = configured_token(config, "eos_token");
         let eos = eos_text.as_deref().map(special).transpose()?;
@@ -114,7 +116,19 @@ impl ChatTokenizer {
         };
         let bos = configured_token(config, "bos_token");
         tokenizer.set_encode_special_tokens(true);
-        Ok(Self { tokenizer, specials, end_of_turn, eos, bos, chat_template })
+        Ok(Self { dir: dir.to_owned(), tokenizer, specials, end_of_turn, eos, bos, chat_template })
+    }
+
+    /// The model directory it came from.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Whether `text` is one special token.
+    #[must_use]
+    pub fn is_special(&self, text: &str) -> bool {
+        self.specials.iter().any(|(token, _)| token == text)
     }
 
     /// The id that closes a turn, normally `<|im_end|>`.
@@ -304,7 +318,41 @@ fn configured_token(config: &Value, name: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use serde_json::json;
+
+    use super::ChatTokenizer;
+    use crate::template::{ChatTemplate, NamedTemplate};
     use crate::test_support::{IM_END, tokenizer};
+
+    #[test]
+    fn a_named_template_is_refused_where_its_markup_would_be_plain_text() {
+        for name in NamedTemplate::NAMES {
+            ChatTemplate::new(Some(name), tokenizer()).unwrap();
+        }
+        // Llama-3's markers, and ChatML's as plain words of the vocabulary.
+        let folder = tempfile::tempdir().unwrap();
+        let llama = json!({
+            "version": "1.0",
+            "added_tokens": [{"id": 2, "content": "<|eot_id|>", "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true}],
+            "model": {"type": "BPE", "vocab": {"<|im_start|>": 0, "<|im_end|>": 1}, "merges": []}
+        });
+        std::fs::write(folder.path().join("tokenizer.json"), llama.to_string()).unwrap();
+        let config =
+            json!({"eos_token": "<|eot_id|>", "chat_template": "{{ messages[0].content }}<|eot_id|>"});
+        std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        let llama = Arc::new(ChatTokenizer::from_dir(folder.path()).unwrap());
+        assert_eq!(llama.end_of_turn_text(), "<|eot_id|>");
+        for name in NamedTemplate::NAMES {
+            let told = ChatTemplate::new(Some(name), llama.clone()).err().map(|e| e.to_string()).unwrap();
+            let folder = folder.path().display().to_string();
+            for part in [*name, "<|im_start|> and <|im_end|>", &folder, "leave agent.template unset"] {
+                assert!(told.contains(part), "{part}: {told}");
+            }
+        }
+    }
 
     #[test]
     fn markup_becomes_special_ids_and_text_does_not() {

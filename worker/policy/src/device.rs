@@ -251,7 +251,6 @@ struct Worker<S> {
 impl<S> Worker<S> {
     fn run(mut self, mut device: Device<S>) {
         loop {
-            self.grant(&mut device.engine);
             let next = if device.engine.has_work() {
                 match self.inbox.try_recv() {
                     Ok(message) => Some(message),
@@ -264,6 +263,8 @@ impl<S> Worker<S> {
                     None => return,
                 }
             };
+            // Here and not before the wait: what was wished before a message was sent is granted before it.
+            self.grant(&mut device.engine);
             match next {
                 Some(Message::Generate(request, asker)) => self.submit(&mut device.engine, request, asker),
                 Some(Message::Call(job)) => job(&mut device),

@@ -51,6 +51,19 @@ async fn chains_generate_side_by_side_and_calls_run_between_their_steps() {
 }
 
 #[tokio::test]
+async fn what_is_released_is_gone_for_the_call_that_follows() {
+    let device = start().await;
+    for chain in 0..50 {
+        device.generate(turn(chain, 1)).await.unwrap();
+        let held = |device: &mut Device<Vec<u32>>| device.engine.stats().chains;
+        assert_eq!(device.call("looking", held).await.unwrap(), 1);
+        device.release(chain); // the thread waits for its next message by now, most times
+        assert_eq!(device.call("looking", held).await.unwrap(), 0, "chain {chain}");
+    }
+    device.stop().await;
+}
+
+#[tokio::test]
 async fn a_dropped_turn_is_cancelled_and_its_chain_released() {
     let device = start().await;
     {

@@ -250,7 +250,7 @@ fn bf16_models_keep_f32_master_weights_so_small_steps_add_up() {
 fn a_loaded_checkpoint_continues_bit_for_bit_and_says_what_does_not_fit() {
     let rows = rows(6);
     let next = |version| TrainShard { policy_version: PolicyVersion(version), ..shard(&rows, 1, 0, 1) };
-    let with_warmup = LearnerConfig { lr_warmup_steps: Some(4), ..config() };
+    let with_warmup = LearnerConfig { lr_warmup_steps: 4, ..config() };
     let (mut one, mut two) = (decoder(Kind::Float), decoder(Kind::Float));
     let mut first = Learner::new(with_warmup.clone(), &one, true, None).unwrap();
     first.train(&mut one, &next(0)).unwrap();

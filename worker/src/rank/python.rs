@@ -1,12 +1,17 @@
 //! The sandbox as the agent's Python: blocking calls on blocking threads, outcomes in the agent's words.
+//!
+//! What must stay true: whoever waits for a sandbox waits here, as a future that can be dropped, and not on a
+//! blocking thread; so nothing that nobody waits for is ever run, and the sandbox's own queue stays empty.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use agentfly_agent::tools::{InfraError, PythonRunner, RunOutput, RunStatus};
+use agentfly_agent::tools::{InfraError, PythonRunner, PythonSlot, RunLimits, RunOutput, RunStatus, Snippet};
 use agentfly_common::config::Config;
-use agentfly_sandbox::{Limits, Sandbox, SandboxConfig, Snippet, Status};
+use agentfly_sandbox::{Limits, Sandbox, SandboxConfig, Status};
 use anyhow::Context as _;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
 
 /// What snippets and rewards import most, loaded once per warm interpreter.
 const PRELOADED: [&str; 4] = ["numpy", "sympy", "math_verify", "latex2sympy2_extended"];
@@ -26,7 +31,13 @@ fn interpreter() -> anyhow::Result<PathBuf> {
 }
 
 /// [`PythonRunner`] over a [`Sandbox`].
-pub(super) struct SandboxPython(Arc<Sandbox>);
+pub(super) struct SandboxPython {
+    sandbox: Arc<Sandbox>,
+    /// What runs get that bring no limits of their own.
+    limits: Limits,
+    /// As many as the sandbox has slots.
+    permits: Arc<Semaphore>,
+}
 
 impl SandboxPython {
     /// Starts the pool with a job's limits; `threads` bounds how many snippets run at once by default.
@@ -34,32 +45,62 @@ impl SandboxPython {
     /// # Errors
     /// When there is no interpreter, or this machine cannot isolate one.
     pub(super) fn start(config: &Config, threads: u32) -> anyhow::Result<Self> {
-        let limits = Limits {
+        let limits = limits(RunLimits {
             wall: config.sandbox.wall(),
+            // Code that computes all the time must be able to reach its wall limit.
+            cpu: config.sandbox.wall().max(Limits::default().cpu),
             memory_bytes: config.sandbox.memory_bytes(),
-            ..Limits::default()
-        };
-        let slots = config.sandbox.slots.unwrap_or(threads.max(1).saturating_mul(2));
+        });
+        let slots = config.sandbox.slots.unwrap_or(threads.max(1).saturating_mul(2)) as usize;
         let sandbox = Sandbox::start(SandboxConfig {
-            slots: slots as usize,
-            limits,
+            slots,
+            limits: limits.clone(),
             preload: PRELOADED.map(str::to_owned).to_vec(),
             ..SandboxConfig::new(interpreter()?)
         })?;
-        Ok(Self(Arc::new(sandbox)))
+        Ok(Self { sandbox: Arc::new(sandbox), limits, permits: Arc::new(Semaphore::new(slots)) })
     }
+}
+
+/// The sandbox's limits, the agent's among them.
+fn limits(run: RunLimits) -> Limits {
+    Limits { wall: run.wall, cpu: run.cpu, memory_bytes: run.memory_bytes, ..Limits::default() }
+}
+
+/// A slot of the sandbox that is free for this run.
+struct FreeSlot {
+    sandbox: Arc<Sandbox>,
+    limits: Limits,
+    permit: OwnedSemaphorePermit,
+}
+
+fn fault(cause: impl std::fmt::Display) -> InfraError {
+    InfraError { cause: cause.to_string() }
 }
 
 #[async_trait::async_trait]
 impl PythonRunner for SandboxPython {
-    async fn run(&self, code: &str, seed: u64) -> Result<RunOutput, InfraError> {
-        let (sandbox, code) = (self.0.clone(), code.to_owned());
-        let fault = |cause: String| InfraError { cause };
-        let run = move || sandbox.run(&Snippet { code: &code, seed, limits: None });
-        let outcome = tokio::task::spawn_blocking(run)
-            .await
-            .map_err(|error| fault(error.to_string()))?
-            .map_err(|error| fault(error.to_string()))?;
+    async fn admit(&self) -> Result<Box<dyn PythonSlot>, InfraError> {
+        let permit = self.permits.clone().acquire_owned().await.map_err(fault)?;
+        Ok(Box::new(FreeSlot { sandbox: self.sandbox.clone(), limits: self.limits.clone(), permit }))
+    }
+}
+
+#[async_trait::async_trait]
+impl PythonSlot for FreeSlot {
+    async fn run(self: Box<Self>, snippet: Snippet<'_>) -> Result<RunOutput, InfraError> {
+        let Self { sandbox, limits: of_the_settings, permit } = *self;
+        let (code, seed) = (snippet.code.to_owned(), snippet.seed);
+        let limits = snippet.limits.map_or(of_the_settings, limits);
+        let run = move || {
+            let _until_it_ends = permit;
+            sandbox.run(&agentfly_sandbox::Snippet { code: &code, seed, limits: Some(limits) })
+        };
+        // Dropping a set takes back what no thread has begun.
+        let mut blocking = JoinSet::new();
+        blocking.spawn_blocking(run);
+        let ended = blocking.join_next().await.ok_or_else(|| fault("no run was started"))?;
+        let outcome = ended.map_err(fault)?.map_err(fault)?;
         let status = match outcome.status {
             Status::Ok => RunStatus::Success,
             Status::Error => RunStatus::Error { message: last_line(&outcome.stderr) },
@@ -77,4 +118,58 @@ impl PythonRunner for SandboxPython {
 /// A traceback ends with `TypeName: message`.
 fn last_line(stderr: &str) -> String {
     stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("exited with an error").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use agentfly_agent::rewards::JUDGE_LIMITS;
+
+    use super::*;
+
+    fn python(wall_seconds: u64) -> SandboxPython {
+        let settings = [
+            "data.train_files=x.json".to_owned(),
+            "actor_rollout_ref.model.path=m".to_owned(),
+            "sandbox.slots=1".to_owned(),
+            format!("sandbox.wall_seconds={wall_seconds}"),
+        ];
+        let config = agentfly_common::config::resolve(&settings, None, []).unwrap().config;
+        SandboxPython::start(&config, 1).expect("`make setup` was run, and this machine isolates snippets")
+    }
+
+    async fn run(python: &SandboxPython, code: &str, limits: Option<RunLimits>) -> RunOutput {
+        python.admit().await.unwrap().run(Snippet { code, seed: 0, limits }).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_queued_snippet_whose_caller_is_gone_never_runs_and_delays_nobody() {
+        let python = Arc::new(python(2));
+        let looping = run(&python, "while True: pass", None);
+        let gone = async {
+            let twenty = (0..20).map(|_| run(&python, "while True: pass", None));
+            let queued = tokio::time::timeout(Duration::from_millis(200), futures::future::join_all(twenty));
+            assert!(queued.await.is_err(), "one slot, and it is taken");
+        };
+        let (looped, ()) = tokio::join!(looping, gone);
+        assert_eq!(looped.status, RunStatus::TimedOut);
+        let began = Instant::now();
+        assert_eq!(run(&python, "print(1)", None).await.stdout, "1\n");
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}: before it others ran", began.elapsed());
+    }
+
+    #[tokio::test]
+    async fn the_judges_limits_are_its_own() {
+        let python = python(1);
+        let nap = "import time; time.sleep(1.5); print(1)";
+        assert_eq!(run(&python, nap, None).await.status, RunStatus::TimedOut);
+        assert_eq!(run(&python, nap, Some(JUDGE_LIMITS)).await.status, RunStatus::Success);
+    }
+
+    #[test]
+    fn computing_all_the_time_reaches_the_wall_limit() {
+        assert_eq!(python(60).limits.cpu, Duration::from_secs(60));
+        assert_eq!(python(1).limits.cpu, Limits::default().cpu);
+    }
 }

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::config::checks::Checks;
-use crate::config::choices::{self, AgentBackend, AgentType};
+use crate::config::choices::{AgentBackend, AgentType, refuse};
+use crate::config::registry::{REWARDS, TEMPLATES, TOOLS, UNSUPPORTED_REWARDS, UNSUPPORTED_TOOLS};
 
 /// `agent.*`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -25,6 +26,7 @@ pub struct Agent {
     /// Where replies come from.
     pub backend: AgentBackend,
     /// Reward by name, compared without case.
+    #[serde(deserialize_with = "reward_name")]
     pub reward_name: String,
     /// Chains a prompt (the group).
     pub num_chains: u32,
@@ -44,26 +46,29 @@ impl Agent {
             self.max_concurrent_chains != Some(0),
             "expected at least 1",
         );
-        if let Some(name) = self.template.as_ref().filter(|name| !choices::TEMPLATES.contains(&name.as_str()))
-        {
-            let why = choices::refuse(name, choices::TEMPLATES, &[]);
+        if let Some(name) = self.template.as_ref().filter(|name| !TEMPLATES.contains(&name.as_str())) {
+            let why = refuse(name, TEMPLATES, &[]);
             checks.that("agent.template", false, format!("{name}: {why}; null takes the model's own"));
         }
         for tool in &self.tools {
-            if !choices::TOOLS.contains(&tool.as_str()) {
-                let why = choices::refuse(tool, choices::TOOLS, choices::UNSUPPORTED_TOOLS);
+            if !TOOLS.contains(&tool.as_str()) {
+                let why = refuse(tool, TOOLS, UNSUPPORTED_TOOLS);
                 checks.that("agent.tools", false, format!("{tool}: {why}"));
             }
         }
         let reward = self.reward_name.to_ascii_lowercase();
-        if !choices::REWARDS.contains(&reward.as_str()) {
-            checks.that(
-                "agent.reward_name",
-                false,
-                choices::refuse(&reward, choices::REWARDS, choices::UNSUPPORTED_REWARDS),
-            );
+        if !REWARDS.contains(&reward.as_str()) {
+            checks.that("agent.reward_name", false, refuse(&reward, REWARDS, UNSUPPORTED_REWARDS));
         }
     }
+}
+
+/// AgentFly runs chains without a reward; training needs one.
+fn reward_name<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    Option::<String>::deserialize(deserializer)?.ok_or_else(|| {
+        let names = REWARDS.join(", ");
+        serde::de::Error::custom(format!("training needs a reward for every chain: name one of: {names}"))
+    })
 }
 
 /// AgentFly's scripts write line breaks of the system prompt as `\n`. Reading the result again changes nothing.

@@ -17,7 +17,7 @@ pub struct Rollout {
     pub top_p: f64,
     /// Most likely tokens; −1 is all.
     pub top_k: i64,
-    /// Tokens a turn.
+    /// Tokens a turn at most; what is left of the chain may be less.
     pub max_tokens: u32,
     /// Tokens a chain; `None` is the model's window.
     pub max_model_len: Option<u32>,
@@ -56,12 +56,6 @@ impl Rollout {
         checks.at_least("actor_rollout_ref.rollout.val_kwargs.temperature", val.temperature, 0.0);
         checks.mass("actor_rollout_ref.rollout.val_kwargs.top_p", val.top_p);
         checks.top_k("actor_rollout_ref.rollout.val_kwargs.top_k", val.top_k);
-        if let Some(window) = self.max_model_len.filter(|window| *window < self.max_tokens) {
-            checks.impossible(
-                format!("a turn of {} tokens does not fit in a chain of {window}", self.max_tokens),
-                "lower actor_rollout_ref.rollout.max_tokens or raise actor_rollout_ref.rollout.max_model_len",
-            );
-        }
     }
 
     /// Sampling of a training turn; the template adds `stop_ids`.

@@ -15,9 +15,9 @@ pub struct Trainer {
     pub n_gpus_per_node: u32,
     /// Nodes.
     pub nnodes: u32,
-    /// Steps; `None` follows `total_epochs`.
+    /// Steps at most; `None` follows `total_epochs`.
     pub total_training_steps: Option<u64>,
-    /// Epochs when steps are unset.
+    /// Passes over the questions at most; they end a job of more steps too (verl).
     pub total_epochs: u64,
     /// First part of the run folder's name.
     pub project_name: String,
@@ -50,8 +50,12 @@ pub struct Trainer {
     pub chain_timeout_seconds: u64,
     /// Deadline of a step's chains, waits and repeats included.
     pub rollout_timeout_seconds: u64,
-    /// Deadline of the ranks' start.
+    /// Deadline of the ranks' start, and of a queued job's wait for nodes that could hold it.
     pub startup_timeout_seconds: u64,
+    /// Deadline of a step's training on all ranks, after its rollout.
+    pub train_timeout_seconds: u64,
+    /// Deadline of writing a checkpoint, and again of committing it.
+    pub checkpoint_timeout_seconds: u64,
 }
 
 impl Trainer {
@@ -83,6 +87,8 @@ impl Trainer {
         checks.at_least_one("trainer.chain_timeout_seconds", self.chain_timeout_seconds);
         checks.at_least_one("trainer.rollout_timeout_seconds", self.rollout_timeout_seconds);
         checks.at_least_one("trainer.startup_timeout_seconds", self.startup_timeout_seconds);
+        checks.at_least_one("trainer.train_timeout_seconds", self.train_timeout_seconds);
+        checks.at_least_one("trainer.checkpoint_timeout_seconds", self.checkpoint_timeout_seconds);
         if self.val_only && !self.val_before_train {
             checks.impossible(
                 "trainer.val_only=True with trainer.val_before_train=False does nothing".to_owned(),

@@ -6,7 +6,6 @@
 //! [`agentfly_common::trajectory::Outcome::InfrastructureFault`], never as a reward of 0; every wait ends by
 //! the chain's own limit or its step's deadline, and a chain that reached its own limit keeps what it sampled.
 
-mod clock;
 mod record;
 mod row;
 mod run;
@@ -107,9 +106,9 @@ pub struct ChainSpec {
     pub sampling: SamplingParams,
     /// The chain's own time (`trainer.chain_timeout_seconds`): sampling once the engine has let it in, tools, and
     /// the reward. Then it finishes as [`agentfly_common::trajectory::FinishReason::Timeout`] with the tokens it
-    /// has; its reward still gets a minute.
+    /// has; its reward still gets a minute. Waiting for a place in the engine or in a sandbox is not counted.
     pub time_limit: Duration,
-    /// When the step's time (`trainer.rollout_timeout_seconds`) is over, waits for the engine included.
+    /// When the step's time (`trainer.rollout_timeout_seconds`) is over, every wait included.
     pub step_deadline: Instant,
 }
 

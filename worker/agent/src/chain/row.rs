@@ -1,9 +1,7 @@
 //! Data rows: where the question is.
 
+pub use agentfly_common::row::QUESTION_FIELDS;
 use serde_json::{Map, Value};
-
-/// The fields that may hold the question; the first one present is it (AgentFly's order).
-pub const QUESTION_FIELDS: &[&str] = &["prompt", "question", "instruction", "problem"];
 
 /// A row without a question.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

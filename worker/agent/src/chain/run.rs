@@ -5,11 +5,11 @@ use agentfly_common::sampling::{Generation, StopReason};
 use agentfly_common::trajectory::{FinishReason, Message, Outcome, Reward, Role, Timings, Trajectory};
 use tokio::time::Instant;
 
-use super::clock::{Clock, Overdue};
 use super::record::Record;
 use super::state::{AfterTurn, Limits};
 use super::{ChainDeps, ChainError, ChainSpec, Generator, TurnInput};
 use crate::agents::ToolCall;
+use crate::clock::{Clock, Overdue};
 use crate::rewards::{RewardFault, RewardInput};
 use crate::template::{FittedObservations, Next, TemplateError, ToolReply, to_python_json_indented};
 use crate::tools::{ToolContext, ToolStatus};
@@ -94,7 +94,7 @@ impl<'a> Run<'a> {
         let system = match &deps.system_prompt {
             Some(text) => {
                 let listed = to_python_json_indented(&schemas.clone().into(), 4);
-                Some(text.replace("\\n", "\n").replace("{tools}", &listed))
+                Some(text.replace("{tools}", &listed))
             }
             None => deps.agent.system_prompt().map(str::to_owned),
         };
@@ -183,7 +183,8 @@ impl<'a> Run<'a> {
             seed: spec.seed.turn("sample", &spec.key, turn),
         };
         let fault = |fault| Stop::Fault(format!("turn {turn}: {fault}"));
-        let admitted = self.clock.stand_still(self.deps.generator.admit(input)).await;
+        let admitted = self.clock.stand_still(self.deps.generator.admit(input));
+        let admitted = self.clock.within_step(admitted).await;
         let sampling = admitted.map_err(|_| self.step_over("room in the rollout engine"))?.map_err(fault)?;
         let sampled = self.clock.within_step(sampling.until(self.clock.own_deadline())).await;
         sampled.map_err(|_| self.step_over(ENGINE))?.map_err(fault)
@@ -196,7 +197,8 @@ impl<'a> Run<'a> {
         let mut replies = Vec::with_capacity(calls.len());
         let mut last = ToolStatus::Success;
         for (index, call) in calls.iter().enumerate() {
-            let context = ToolContext { chain: spec.key, turn, seed: seed.wrapping_add(index as u64) };
+            let seed = seed.wrapping_add(index as u64);
+            let context = ToolContext { chain: spec.key, turn, seed, clock: &self.clock };
             let asked = Instant::now();
             let answered = self.clock.within(self.deps.tools.call(call, context)).await;
             self.timings.tool_seconds += asked.elapsed().as_secs_f64();
@@ -261,6 +263,7 @@ impl<'a> Run<'a> {
             row: &self.spec.row,
             messages: &self.messages,
             seed: self.spec.seed.turn("reward", &self.spec.key, turns),
+            clock: &self.clock,
         };
         let asked = Instant::now();
         let scored = self.clock.within_reward(function.score(input)).await;

@@ -17,10 +17,12 @@ use crate::agents::CodeAgent;
 use crate::rewards::reward;
 use crate::template::{Next, ToolReply};
 use crate::test_support::{IM_END, IM_START, tokenizer};
-use crate::tools::{InfraError, PythonRunner, RunOutput, RunStatus, ToolSet};
+use crate::tools::{InfraError, PythonRunner, PythonSlot, RunOutput, RunStatus, Snippet, ToolSet};
 
 const CODE: &str = "Compute.\n```python\nprint(6*7)\n```";
 const ANSWER: &str = "\\boxed{42}";
+
+mod edges;
 
 /// One scripted turn.
 #[derive(Debug, Clone)]
@@ -107,13 +109,60 @@ impl Generator for Script {
 }
 
 /// A sandbox that always prints the same.
+#[derive(Clone)]
 struct Prints(Result<String, InfraError>);
 
 #[async_trait]
 impl PythonRunner for Prints {
-    async fn run(&self, _code: &str, _seed: u64) -> Result<RunOutput, InfraError> {
+    async fn admit(&self) -> Result<Box<dyn PythonSlot>, InfraError> {
+        Ok(Box::new(self.clone()))
+    }
+}
+
+#[async_trait]
+impl PythonSlot for Prints {
+    async fn run(self: Box<Self>, _snippet: Snippet<'_>) -> Result<RunOutput, InfraError> {
         let output = |stdout| RunOutput { status: RunStatus::Success, stdout, stderr: String::new() };
-        self.0.clone().map(output)
+        self.0.map(output)
+    }
+}
+
+/// A sandbox with few places, where every run takes its time and then prints the same.
+struct Crowded {
+    places: Arc<Semaphore>,
+    takes: Duration,
+    runs: Arc<AtomicUsize>,
+    prints: &'static str,
+}
+
+impl Crowded {
+    fn one_place(takes_seconds: u64, prints: &'static str) -> Arc<Self> {
+        let (places, takes) = (Arc::new(Semaphore::new(1)), Duration::from_secs(takes_seconds));
+        Arc::new(Self { places, takes, runs: Arc::default(), prints })
+    }
+}
+
+struct Place {
+    takes: Duration,
+    runs: Arc<AtomicUsize>,
+    prints: &'static str,
+    _permit: OwnedSemaphorePermit,
+}
+
+#[async_trait]
+impl PythonRunner for Crowded {
+    async fn admit(&self) -> Result<Box<dyn PythonSlot>, InfraError> {
+        let _permit = self.places.clone().acquire_owned().await.unwrap();
+        Ok(Box::new(Place { takes: self.takes, runs: self.runs.clone(), prints: self.prints, _permit }))
+    }
+}
+
+#[async_trait]
+impl PythonSlot for Place {
+    async fn run(self: Box<Self>, _snippet: Snippet<'_>) -> Result<RunOutput, InfraError> {
+        self.runs.fetch_add(1, Ordering::Relaxed);
+        sleep(self.takes).await;
+        Ok(RunOutput { status: RunStatus::Success, stdout: self.prints.to_owned(), stderr: String::new() })
     }
 }
 
@@ -324,7 +373,14 @@ struct Hangs;
 
 #[async_trait]
 impl PythonRunner for Hangs {
-    async fn run(&self, _code: &str, _seed: u64) -> Result<RunOutput, InfraError> {
+    async fn admit(&self) -> Result<Box<dyn PythonSlot>, InfraError> {
+        Ok(Box::new(Self))
+    }
+}
+
+#[async_trait]
+impl PythonSlot for Hangs {
+    async fn run(self: Box<Self>, _snippet: Snippet<'_>) -> Result<RunOutput, InfraError> {
         std::future::pending().await
     }
 }
@@ -357,6 +413,63 @@ async fn waiting_for_a_slot_is_not_the_chains_own_time() {
         assert!(t.timings.total_seconds > 60.0, "{} s, most of them in the queue", t.timings.total_seconds);
     }
     assert_eq!(began.elapsed().as_secs(), 120, "one slot, ten turns of 12 s");
+}
+
+/// Runs many chains of this stage at a time, each with as many places in the engine as it likes.
+async fn play_many(stage: &Stage, chains: u32) -> Vec<Result<Trajectory, ChainError>> {
+    stage.script.slots.add_permits(chains as usize);
+    let tasks = (0..chains).map(|chain| {
+        let key = ChainKey { chain, ..stage.spec.key };
+        let (spec, deps) = (ChainSpec { key, ..stage.spec.clone() }, stage.deps.clone());
+        tokio::spawn(async move { run_chain(&spec, &deps).await })
+    });
+    let mut ended = Vec::new();
+    for task in tasks.collect::<Vec<_>>() {
+        ended.push(task.await.unwrap());
+    }
+    ended
+}
+
+#[tokio::test(start_paused = true)]
+async fn thirty_looping_snippets_wait_for_one_sandbox_on_nobodys_clock() {
+    let lines = [vec![Turn::Says(CODE.into()); 30], vec![Turn::Says(ANSWER.into()); 30]].concat();
+    let mut stage = stage(&lines, prints_42());
+    let python: Arc<dyn PythonRunner> = Crowded::one_place(10, "42\n");
+    stage.deps.tools = ToolSet::by_names(&["code_interpreter"], &python).unwrap();
+    stage.spec.time_limit = Duration::from_secs(15);
+    let began = Instant::now();
+    for t in play_many(&stage, 30).await {
+        let t = t.unwrap();
+        assert_eq!((reason(&t), t.timings.tool_calls, t.reward.value), (FinishReason::Terminal, 1, 1.0));
+    }
+    assert_eq!(began.elapsed().as_secs(), 300, "one sandbox, thirty runs of 10 s");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reward_that_merely_queues_is_no_fault() {
+    let mut stage = stage(&says(&["\\boxed{x+y}"; 20]), prints_42());
+    let python: Arc<dyn PythonRunner> = Crowded::one_place(10, "EQUAL\n");
+    stage.deps.reward = Some(reward("math_equal_reward", &python).unwrap());
+    for t in play_many(&stage, 20).await {
+        let t = t.unwrap();
+        assert_eq!((reason(&t), t.reward.value), (FinishReason::Terminal, 1.0));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_queued_snippet_whose_chain_is_gone_is_never_run() {
+    let mut stage = stage(&says(&[CODE; 5]), prints_42());
+    let crowded = Crowded::one_place(10, "42\n");
+    let python: Arc<dyn PythonRunner> = crowded.clone();
+    stage.deps.tools = ToolSet::by_names(&["code_interpreter"], &python).unwrap();
+    stage.spec.step_deadline = Instant::now() + Duration::from_secs(5);
+    let taken = crowded.places.acquire().await.unwrap();
+    for ended in play_many(&stage, 5).await {
+        assert!(matches!(ended, Err(ChainError::StepOver { waited_for: "a tool", .. })), "{ended:?}");
+    }
+    drop(taken);
+    sleep(Duration::from_secs(100)).await;
+    assert_eq!((crowded.places.available_permits(), crowded.runs.load(Ordering::Relaxed)), (1, 0));
 }
 
 #[tokio::test(start_paused = true)]

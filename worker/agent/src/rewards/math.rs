@@ -10,7 +10,7 @@ use std::sync::Arc;
 use agentfly_common::trajectory::Reward;
 use async_trait::async_trait;
 
-use super::latex::{self, Rule};
+use super::latex::{Judge, Rule, Verdict};
 use super::normalise::{Rational, is_equiv, normalise};
 use super::strict::strict_math_equal;
 use super::{RewardFault, RewardFunction, RewardInput, extract_answer, text_field, used_tool};
@@ -18,6 +18,9 @@ use crate::tools::PythonRunner;
 
 /// What a tool call alone earns under AgentFly's rule.
 const TOOL_BONUS: f64 = 0.1;
+/// The part of a reward that is 1 when its answer counts as wrong because comparing it took too long, else 0: its mean
+/// over chains is the share of such rewards.
+const JUDGE_TIMEOUT: &str = "judge_timeout";
 
 /// A math reward: whose rule says what is equal, and whether a tool must have answered.
 pub struct MathReward {
@@ -39,12 +42,18 @@ impl MathReward {
         Self { python, rule, wants_tool: true }
     }
 
-    async fn equal(&self, input: &RewardInput<'_>) -> Result<bool, RewardFault> {
+    async fn verdict(&self, input: &RewardInput<'_>) -> Result<Verdict, RewardFault> {
         let answer = text_field(self.name(), input, "answer")?;
-        let (python, response) = (self.python.as_ref(), input.final_response);
+        let judge = Judge {
+            python: self.python.as_ref(),
+            clock: input.clock,
+            seed: input.seed,
+            reward: self.name(),
+            row_id: input.row_id,
+        };
         match self.rule {
-            Rule::Parity => symbolic_math_equal(python, response, &answer, input.seed, self.name()).await,
-            Rule::Strict => strict_math_equal(python, response, &answer, input.seed, self.name()).await,
+            Rule::Parity => symbolic_math_equal(&judge, input.final_response, &answer).await,
+            Rule::Strict => strict_math_equal(&judge, input.final_response, &answer).await,
         }
     }
 }
@@ -61,36 +70,36 @@ impl RewardFunction for MathReward {
     }
 
     async fn score(&self, input: RewardInput<'_>) -> Result<Reward, RewardFault> {
-        let equal = self.equal(&input).await?;
+        let verdict = self.verdict(&input).await?;
+        let equal = verdict == Verdict::Equal;
         let acc = f64::from(u8::from(equal));
         let value = match (self.rule, self.wants_tool, used_tool(input.messages)) {
             (_, true, false) => 0.0,
             (Rule::Parity, true, true) if !equal => TOOL_BONUS,
             _ => acc,
         };
-        // AgentFly's plain reward names no parts.
+        // AgentFly's plain reward names no accuracy.
         let named = self.wants_tool || self.rule == Rule::Strict;
-        Ok(Reward { value, parts: named.then(|| ("acc".to_owned(), acc)).into_iter().collect() })
+        let acc = named.then(|| ("acc".to_owned(), acc));
+        let timed_out = (JUDGE_TIMEOUT.to_owned(), f64::from(u8::from(verdict == Verdict::TimedOut)));
+        Ok(Reward { value, parts: acc.into_iter().chain([timed_out]).collect() })
     }
 }
 
 /// AgentFly's `symbolic_math_equal`: the boxed answers as normalised strings and numbers, then, only where that
-/// does not decide, as LaTeX in Python. Answers of more than 256 characters are never parsed. `reward` names
-/// the caller in faults.
+/// does not decide, as LaTeX in Python. Answers of more than 128 characters are not parsed when they are repetitive.
 ///
 /// # Errors
 /// The sandbox failed.
 pub async fn symbolic_math_equal(
-    python: &dyn PythonRunner,
+    judge: &Judge<'_>,
     response: &str,
     answer: &str,
-    seed: u64,
-    reward: &'static str,
-) -> Result<bool, RewardFault> {
+) -> Result<Verdict, RewardFault> {
     let (response, answer) = (extract_answer(response), extract_answer(answer));
     match decided(response, answer) {
-        Some(equal) => Ok(equal),
-        None => latex::equal(python, Rule::Parity, response, answer, seed, reward).await,
+        Some(equal) => Ok(equal.into()),
+        None => judge.compare(Rule::Parity, response, answer).await,
     }
 }
 

@@ -9,6 +9,7 @@ mod latex;
 mod math;
 mod normalise;
 mod qa;
+mod repetition;
 mod strict;
 
 use std::sync::Arc;
@@ -17,11 +18,13 @@ use agentfly_common::trajectory::{Message, Reward, Role};
 use async_trait::async_trait;
 use serde_json::{Map, Value};
 
+use crate::clock::Clock;
 use crate::tools::PythonRunner;
 
 use latex::Rule;
 
 pub use extract::extract_answer;
+pub use latex::{JUDGE_LIMITS, Judge, Verdict};
 pub use math::{MathReward, symbolic_math_equal};
 pub use normalise::{is_equiv, normalise};
 pub use qa::{QaMetric, QaReward, QaScores, qa_scores};
@@ -40,6 +43,8 @@ pub struct RewardInput<'a> {
     pub messages: &'a [Message],
     /// The seed of every random choice the reward makes.
     pub seed: u64,
+    /// The chain's clock: stands still while the reward only waits for its turn.
+    pub clock: &'a Clock,
 }
 
 /// A reward that could not be computed.

@@ -2,6 +2,10 @@
 //!
 //! Called by the math rewards before anything is sent to Python. Pure.
 
+use std::sync::LazyLock;
+
+use regex::Regex;
+
 /// What happens to commas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Commas {
@@ -11,7 +15,8 @@ pub(super) enum Commas {
     Thousands,
 }
 
-/// AgentFly's normal form of an answer; `None` where its rule gives up (two units).
+/// AgentFly's normal form of an answer; `None` where its rule gives up: two units, or a `\sqrt` or `\frac` with
+/// nothing after it.
 #[must_use]
 pub fn normalise(text: &str) -> Option<String> {
     normalise_with(text, Commas::Drop)
@@ -23,8 +28,8 @@ pub fn is_equiv(a: &str, b: &str) -> bool {
     let (Some(x), Some(y)) = (normalise(a), normalise(b)) else {
         return a == b;
     };
-    match (x.parse::<f64>(), y.parse::<f64>()) {
-        (Ok(p), Ok(q)) => p == q,
+    match (python_float(&x), python_float(&y)) {
+        (Some(p), Some(q)) => p == q,
         _ => x == y,
     }
 }
@@ -33,8 +38,10 @@ pub(super) fn normalise_with(text: &str, commas: Commas) -> Option<String> {
     let mut s = text.replace('\n', "").replace("\\!", "").replace("\\\\", "\\");
     s = s.replace("tfrac", "frac").replace("dfrac", "frac").replace("\\left", "").replace("\\right", "");
     s = s.replace("^{\\circ}", "").replace("^\\circ", "").replace("\\$", "").replace('$', "");
-    if commas == Commas::Drop || is_grouped_number(s.trim()) {
-        s = s.replace("{,}", "").replace(',', "");
+    match commas {
+        Commas::Drop => s = s.replace(',', ""),
+        Commas::Thousands if is_grouped_number(s.trim()) => s = s.replace("{,}", "").replace(',', ""),
+        Commas::Thousands => {}
     }
     match s.matches("\\text{ ").count() {
         0 => {}
@@ -51,8 +58,8 @@ pub(super) fn normalise_with(text: &str, commas: Commas) -> Option<String> {
     {
         s = right.to_owned();
     }
-    s = brace_roots(&s).replace(' ', "");
-    s = brace_fractions(&s);
+    s = brace_roots(&s)?.replace(' ', "");
+    s = brace_fractions(&s)?;
     if s == "0.5" {
         s = "\\frac{1}{2}".to_owned();
     }
@@ -74,45 +81,70 @@ fn is_grouped_number(text: &str) -> bool {
         && digits(fraction)
 }
 
-/// `\sqrt3` → `\sqrt{3}`.
-fn brace_roots(text: &str) -> String {
+/// `\sqrt3` → `\sqrt{3}`; `None` where nothing follows a root.
+fn brace_roots(text: &str) -> Option<String> {
     let mut parts = text.split("\\sqrt");
     let mut out = parts.next().unwrap_or("").to_owned();
     for part in parts {
         out.push_str("\\sqrt");
-        match part.chars().next() {
-            Some(first) if first != '{' => {
+        match part.chars().next()? {
+            '{' => out.push_str(part),
+            first => {
                 out.extend(['{', first, '}']);
                 out.push_str(&part[first.len_utf8()..]);
             }
-            _ => out.push_str(part),
         }
     }
-    out
+    Some(out)
 }
 
-/// `\frac12` → `\frac{1}{2}`, `\frac1{72}` → `\frac{1}{72}`; a fraction that ends too soon is left alone.
-fn brace_fractions(text: &str) -> String {
+/// `\frac12` → `\frac{1}{2}`, `\frac1{72}` → `\frac{1}{72}`; where a fraction ends after one character the
+/// whole text is left alone; `None` where nothing follows one.
+fn brace_fractions(text: &str) -> Option<String> {
     let mut parts = text.split("\\frac");
     let mut out = parts.next().unwrap_or("").to_owned();
     for part in parts {
         out.push_str("\\frac");
         let mut chars = part.chars();
-        match (chars.next(), chars.next()) {
-            (Some('{'), _) => out.push_str(part),
-            (Some(_), None) => return text.to_owned(),
-            (Some(a), Some('{')) => {
+        match (chars.next()?, chars.next()) {
+            ('{', _) => out.push_str(part),
+            (_, None) => return Some(text.to_owned()),
+            (a, Some('{')) => {
                 out.extend(['{', a, '}', '{']);
                 out.push_str(chars.as_str());
             }
-            (Some(a), Some(b)) => {
+            (a, Some(b)) => {
                 out.extend(['{', a, '}', '{', b, '}']);
                 out.push_str(chars.as_str());
             }
-            (None, _) => {}
         }
     }
-    out
+    Some(out)
+}
+
+/// What Python's `float` reads: beside what Rust does, white space around the number, `_` between digits, and the
+/// decimal digits of every script.
+fn python_float(text: &str) -> Option<f64> {
+    let digits: Vec<char> = text.trim().chars().map(|c| ascii_digit(c).unwrap_or(c)).collect();
+    let is_digit = |at: Option<usize>| at.and_then(|at| digits.get(at)).is_some_and(char::is_ascii_digit);
+    let joins = |at: usize| is_digit(at.checked_sub(1)) && is_digit(Some(at + 1));
+    if digits.iter().enumerate().any(|(at, &c)| c == '_' && !joins(at)) {
+        return None;
+    }
+    digits.iter().filter(|c| **c != '_').collect::<String>().parse().ok()
+}
+
+/// The ASCII digit of a decimal digit of another script. Unicode has these in runs of ten from 0 to 9, some of them
+/// side by side.
+fn ascii_digit(c: char) -> Option<char> {
+    static DECIMAL: LazyLock<Regex> =
+        LazyLock::new(|| Regex::new(r"^\d$").expect("a constant pattern that a test runs"));
+    let is_decimal = |c: char| DECIMAL.is_match(c.encode_utf8(&mut [0; 4]));
+    if c.is_ascii() || !is_decimal(c) {
+        return None;
+    }
+    let before = (1_u32..).take_while(|n| char::from_u32(c as u32 - n).is_some_and(is_decimal)).count();
+    char::from_digit(u32::try_from(before % 10).ok()?, 10)
 }
 
 /// `a/b` of two integers as Python writes them → `\frac{a}{b}`.
@@ -209,6 +241,56 @@ mod tests {
         let units = "1\\text{ m} 2\\text{ cm}";
         assert!(normalise(units).is_none());
         assert!(is_equiv(units, units) && !is_equiv(units, "1"));
+    }
+
+    #[test]
+    fn numbers_are_what_pythons_float_reads() {
+        // Each value is what Python 3.11's float() gives.
+        for (text, value) in [
+            ("1_000", 1000.0),
+            ("1_0.5_0", 10.5),
+            ("1e1_0", 1e10),
+            ("\t12\u{a0}", 12.0),
+            ("１２", 12.0),
+            ("१.५", 1.5),
+            ("𝟗𝟘𝟙", 901.0),
+            ("+.5", 0.5),
+            ("5.", 5.0),
+            ("1.e3", 1000.0),
+            ("-Infinity", f64::NEG_INFINITY),
+        ] {
+            assert_eq!(python_float(text), Some(value), "{text:?}");
+        }
+        assert!(python_float("+nan").is_some_and(f64::is_nan));
+        // ValueError, each of them.
+        for text in
+            ["", "_1", "1_", "1__0", "1_.5", "1_e5", "1e_1", "in_f", "infinit", ".", "1 2", "0x10", "−1", "²"]
+        {
+            assert_eq!(python_float(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn equality_agrees_with_python_at_the_edges() {
+        for (a, b, equal) in [
+            ("1_000", "1000", true),  // float() takes underscores
+            ("\t7\u{a0}", "7", true), // … and white space that the rule does not remove
+            ("٣", "3", true),         // … and other scripts' digits
+            ("inf", "Infinity", true),
+            ("nan", "nan", false), // nan != nan
+            ("1__000", "1000", false),
+            // IndexError in the reference, so the strings are compared as they stand:
+            ("1 \\frac", "1\\frac", false),
+            ("\\sqrt", "\\sqrt ", false),
+            ("\\sqrt{2}\\sqrt", "\\sqrt2\\sqrt", false),
+            ("1\\frac", "1\\frac", true),
+            // no IndexError: one character follows
+            ("1 \\frac3", "1\\frac3", true),
+            ("\\sqrt 2", "\\sqrt{}2", true), // the space is put in braces, then removed
+            ("1{,}000", "1000", false),      // only the comma goes; Python's LaTeX step calls them equal
+        ] {
+            assert_eq!(is_equiv(a, b), equal, "{a:?} and {b:?}");
+        }
     }
 
     proptest::proptest! {

@@ -2,21 +2,25 @@
 
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
 
 use super::*;
 use crate::test_support::golden;
-use crate::tools::{InfraError, RunOutput, RunStatus};
+use crate::tools::{InfraError, PythonSlot, RunLimits, RunOutput, RunStatus, Snippet};
+
+mod edges;
 
 /// Runs code with third_party/sandbox-venv, outside any sandbox, in one process that imports sympy once; counts
 /// the runs.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct PlainPython {
-    runs: AtomicUsize,
-    process: tokio::sync::Mutex<Option<(tokio::process::Child, Lines)>>,
+    runs: Arc<AtomicUsize>,
+    process: Arc<tokio::sync::Mutex<Option<(tokio::process::Child, Lines)>>>,
 }
 
 type Lines = tokio::io::Lines<tokio::io::BufReader<tokio::process::ChildStdout>>;
@@ -47,11 +51,18 @@ fn start_python() -> (tokio::process::Child, Lines) {
 
 #[async_trait]
 impl PythonRunner for PlainPython {
-    async fn run(&self, code: &str, _seed: u64) -> Result<RunOutput, InfraError> {
+    async fn admit(&self) -> Result<Box<dyn PythonSlot>, InfraError> {
+        Ok(Box::new(self.clone()))
+    }
+}
+
+#[async_trait]
+impl PythonSlot for PlainPython {
+    async fn run(self: Box<Self>, snippet: Snippet<'_>) -> Result<RunOutput, InfraError> {
         self.runs.fetch_add(1, Ordering::Relaxed);
         let mut process = self.process.lock().await;
         let (child, lines) = process.get_or_insert_with(start_python);
-        let line = json!(code).to_string() + "\n";
+        let line = json!(snippet.code).to_string() + "\n";
         child.stdin.as_mut().unwrap().write_all(line.as_bytes()).await.unwrap();
         let answer = lines.next_line().await.unwrap().expect("the driver answers every line");
         let (stdout, error): (String, Option<String>) = serde_json::from_str(&answer).unwrap();
@@ -61,14 +72,61 @@ impl PythonRunner for PlainPython {
 }
 
 /// What a sandbox may do instead of answering.
+#[derive(Clone)]
 struct Broken(Result<RunStatus, InfraError>);
 
 #[async_trait]
 impl PythonRunner for Broken {
-    async fn run(&self, _code: &str, _seed: u64) -> Result<RunOutput, InfraError> {
-        let output = |status| RunOutput { status, stdout: "EQUAL\n".into(), stderr: String::new() };
-        self.0.clone().map(output)
+    async fn admit(&self) -> Result<Box<dyn PythonSlot>, InfraError> {
+        Ok(Box::new(self.clone()))
     }
+}
+
+#[async_trait]
+impl PythonSlot for Broken {
+    async fn run(self: Box<Self>, _snippet: Snippet<'_>) -> Result<RunOutput, InfraError> {
+        let output = |status| RunOutput { status, stdout: "EQUAL\n".into(), stderr: String::new() };
+        self.0.map(output)
+    }
+}
+
+/// A sandbox whose first runs take too long; remembers the limits it was asked to keep.
+#[derive(Clone, Default)]
+struct Slow {
+    runs: usize,
+    limits: Arc<Mutex<Vec<Option<RunLimits>>>>,
+}
+
+#[async_trait]
+impl PythonRunner for Slow {
+    async fn admit(&self) -> Result<Box<dyn PythonSlot>, InfraError> {
+        Ok(Box::new(self.clone()))
+    }
+}
+
+#[async_trait]
+impl PythonSlot for Slow {
+    async fn run(self: Box<Self>, snippet: Snippet<'_>) -> Result<RunOutput, InfraError> {
+        let mut limits = self.limits.lock().unwrap();
+        limits.push(snippet.limits);
+        let status = if limits.len() <= self.runs { RunStatus::TimedOut } else { RunStatus::Success };
+        Ok(RunOutput { status, stdout: "EQUAL\n".into(), stderr: String::new() })
+    }
+}
+
+fn clock() -> Clock {
+    let hour = Duration::from_secs(3600);
+    Clock::start(hour, tokio::time::Instant::now() + hour)
+}
+
+async fn parity(python: &PlainPython, response: &str, answer: &str) -> bool {
+    let judge = Judge { python, clock: &clock(), seed: 0, reward: "test", row_id: "gsm-7" };
+    symbolic_math_equal(&judge, response, answer).await.unwrap() == Verdict::Equal
+}
+
+async fn strict(python: &PlainPython, response: &str, answer: &str) -> bool {
+    let judge = Judge { python, clock: &clock(), seed: 0, reward: "test", row_id: "gsm-7" };
+    strict_math_equal(&judge, response, answer).await.unwrap() == Verdict::Equal
 }
 
 fn text<'a>(case: &'a Value, field: &str) -> &'a str {
@@ -85,7 +143,7 @@ async fn the_math_cascade_agrees_with_every_golden_case() {
         assert_eq!(extracted, text(case, "extracted"), "{case}");
         assert_eq!(normalise(extracted).unwrap(), text(case, "stripped"), "{case}");
         assert_eq!(is_equiv(extracted, extract_answer(answer)), case["is_equiv"], "{case}");
-        let equal = symbolic_math_equal(&python, response, answer, 0, "test").await.unwrap();
+        let equal = parity(&python, response, answer).await;
         assert_eq!(equal, case["symbolic_math_equal"], "{case}");
     }
     let runs = python.runs.load(Ordering::Relaxed);
@@ -124,7 +182,15 @@ async fn score(
 ) -> Result<Reward, RewardFault> {
     let messages = messages(with_tool);
     let row = row.as_object().unwrap();
-    let input = RewardInput { final_response: response, row_id: "gsm-7", row, messages: &messages, seed: 0 };
+    let clock = clock();
+    let input = RewardInput {
+        final_response: response,
+        row_id: "gsm-7",
+        row,
+        messages: &messages,
+        seed: 0,
+        clock: &clock,
+    };
     reward(name, &python).unwrap().score(input).await
 }
 
@@ -166,7 +232,7 @@ async fn the_strict_rule_is_mathematics() {
         ("", "72", false),
         ("\\boxed{__import__('os')._exit(0)}", "1", false),
     ] {
-        let got = strict_math_equal(&python, response, answer, 0, "test").await.unwrap();
+        let got = strict(&python, response, answer).await;
         assert_eq!(got, equal, "{response} against {answer}");
     }
 }
@@ -196,6 +262,48 @@ async fn python_that_fails_means_not_equal_and_a_sandbox_that_fails_is_a_fault()
     assert!(missing.unwrap_err().to_string().contains("make setup"));
     let fault = of(Err(InfraError { cause: "no slot".into() })).await.unwrap_err();
     assert!(matches!(fault, RewardFault::Infrastructure { .. }), "{fault}");
+}
+
+#[tokio::test]
+async fn the_judge_has_limits_of_its_own_and_reaching_them_twice_is_counted() {
+    let asked: Arc<Mutex<Vec<_>>> = Arc::default();
+    let python: Arc<dyn PythonRunner> = Arc::new(Slow { runs: 4, limits: asked.clone() });
+    for name in ["math_equal_reward", "math_equal_reward_strict"] {
+        let got = score(name, "\\boxed{x+y}", json!({"answer": "y+x"}), true, python.clone()).await.unwrap();
+        assert_eq!((got.value, got.parts["judge_timeout"]), (0.0, 1.0), "{name}");
+    }
+    assert_eq!(*asked.lock().unwrap(), [Some(JUDGE_LIMITS); 4], "two tries each");
+    let decided = score("math_equal_reward", "\\boxed{7}", json!({"answer": 7}), true, python).await.unwrap();
+    assert_eq!((decided.value, decided.parts["judge_timeout"]), (1.0, 0.0));
+    assert_eq!(asked.lock().unwrap().len(), 4, "and none where numbers decide");
+}
+
+#[tokio::test]
+async fn the_plain_strict_reward_names_its_accuracy() {
+    for (response, acc) in [("\\boxed{72}", 1.0), ("\\boxed{71}", 0.0)] {
+        for tool in [false, true] {
+            let python: Arc<dyn PythonRunner> = Arc::new(PlainPython::default());
+            let got = score("math_equal_reward_strict", response, json!({"answer": 72}), tool, python)
+                .await
+                .unwrap();
+            assert_eq!((got.value, got.parts["acc"]), (acc, acc), "{response}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn long_answers_are_parsed_unless_they_repeat_themselves() {
+    let python = PlainPython::default();
+    let terms = |order: &[u32]| order.iter().map(|n| format!("{n}x^{{{n}}}")).collect::<Vec<_>>().join("+");
+    let (up, down): (Vec<u32>, Vec<u32>) = ((1..50).collect(), (1..50).rev().collect());
+    let long = format!("\\boxed{{{}}}", terms(&up));
+    assert!(long.len() > 256);
+    assert!(parity(&python, &long, &terms(&down)).await);
+    assert!(!strict(&python, &long, &terms(&down)).await, "the strict rule never parses that much");
+    let runs = python.runs.load(Ordering::Relaxed);
+    let repeated = "1+".repeat(70) + "1";
+    assert!(!parity(&python, &format!("\\boxed{{{repeated}}}"), "71").await);
+    assert_eq!(python.runs.load(Ordering::Relaxed), runs, "a text that repeats itself is not parsed at all");
 }
 
 #[tokio::test]

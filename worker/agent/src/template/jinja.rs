@@ -174,12 +174,46 @@ fn civil_date(days: u64) -> (u64, u64, u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::civil_date;
+    use super::{civil_date, strftime_now};
 
     #[test]
     fn days_become_dates() {
         assert_eq!(civil_date(0), (1970, 1, 1));
         assert_eq!(civil_date(11_016), (2000, 2, 29));
         assert_eq!(civil_date(20_089), (2025, 1, 1));
+    }
+
+    #[test]
+    fn every_day_of_five_centuries_follows_the_one_before() {
+        let (mut year, mut month, mut day) = (1970, 1, 1);
+        for days in 0..182_622 {
+            assert_eq!(civil_date(days), (year, month, day), "day {days}");
+            let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+            let length = match month {
+                2 => 28 + u64::from(leap),
+                4 | 6 | 9 | 11 => 30,
+                _ => 31,
+            };
+            (year, month, day) = match (month, day) {
+                (12, 31) => (year + 1, 1, 1),
+                (_, last) if last == length => (year, month + 1, 1),
+                _ => (year, month, day + 1),
+            };
+        }
+    }
+
+    #[test]
+    fn today_is_written_by_its_codes_and_others_are_refused() {
+        let today = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        let (before, said) = (today() / 86_400, strftime_now("%d.%m.%Y %B %b 100%%").unwrap());
+        let written = |(year, month, day)| {
+            let names =
+                "January February March April May June July August September October November December";
+            let name = names.split(' ').nth(usize::try_from(month).unwrap() - 1).unwrap();
+            format!("{day:02}.{month:02}.{year} {name} {} 100%", &name[..3])
+        };
+        let days = before..=today() / 86_400; // midnight may pass between the two
+        assert!(days.clone().any(|day| written(civil_date(day)) == said), "{said} is not of {days:?}");
+        assert!(strftime_now("%H").unwrap_err().to_string().contains("%H is not supported"));
     }
 }

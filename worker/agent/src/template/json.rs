@@ -99,4 +99,15 @@ mod tests {
         assert_eq!(to_python_json(&value["b"], false), r#"[1, 2.5, "é😀\n"]"#);
         assert_eq!(to_python_json_indented(&json!({"a": [1]}), 4), "{\n    \"a\": [\n        1\n    ]\n}");
     }
+    #[test]
+    fn indented_lists_are_pythons_at_every_depth() {
+        let value = json!([{"a": ["é", 1], "b": {"c": [[], {}]}}, 2]);
+        let pythons = "[\n  {\n    \"a\": [\n      \"é\",\n      1\n    ],\n    \"b\": {\n      \"c\": [\n        [],\n        \
+                       {}\n      ]\n    }\n  },\n  2\n]";
+        assert_eq!(
+            to_python_json_indented(&value, 2),
+            pythons,
+            "json.dumps(value, indent=2, ensure_ascii=False)"
+        );
+    }
 }

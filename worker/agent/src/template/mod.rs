@@ -10,6 +10,7 @@ mod named;
 
 use std::sync::Arc;
 
+use agentfly_common::model_dir::{TemplateMisfit, check_template};
 use serde_json::Value;
 
 use crate::tokenizer::{ChatTokenizer, TokenizerError};
@@ -28,6 +29,9 @@ pub enum TemplateError {
         /// The names there are.
         known: Vec<&'static str>,
     },
+    /// What the named template writes are no special tokens of the model.
+    #[error(transparent)]
+    Misfit(Box<TemplateMisfit>),
     /// The model ships no template of its own.
     #[error("the model has no chat template (neither chat_template.jinja nor chat_template in tokenizer_config.json); set agent.template to one of: {}", known.join(", "))]
     NoOwnTemplate {
@@ -56,6 +60,12 @@ pub enum TemplateError {
     /// The tokenizer refused.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+}
+
+impl From<TemplateMisfit> for TemplateError {
+    fn from(misfit: TemplateMisfit) -> Self {
+        Self::Misfit(Box::new(misfit))
+    }
 }
 
 /// One tool's answer, as a template renders it.
@@ -101,12 +111,17 @@ impl ChatTemplate {
     /// `None` the model's own.
     ///
     /// # Errors
-    /// An unknown name with the known ones; a missing or malformed template of the model's own.
+    /// An unknown name with the known ones; a named template whose markup the tokenizer would read as text; a missing
+    /// or malformed template of the model's own.
     pub fn new(name: Option<&str>, tokenizer: Arc<ChatTokenizer>) -> Result<Self, TemplateError> {
         let known = NamedTemplate::NAMES.to_vec();
         let kind = match name {
             Some(name) => match NamedTemplate::from_name(name) {
-                Some(named) => Kind::Named(named),
+                Some(named) => {
+                    let has_own = tokenizer.chat_template().is_some();
+                    check_template(name, tokenizer.dir(), has_own, |token| tokenizer.is_special(token))?;
+                    Kind::Named(named)
+                }
                 None => {
                     return Err(TemplateError::Unknown { name: name.to_owned(), known });
                 }

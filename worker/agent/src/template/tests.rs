@@ -5,6 +5,8 @@ use serde_json::Value;
 use super::*;
 use crate::test_support::{IM_END, golden, tokenizer, tokenizer_with_template};
 
+mod edges;
+
 fn text_of(message: &Value) -> String {
     message["content"][0]["text"].as_str().unwrap().to_owned()
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use serde_json::{Map, Value, json};
 
-use super::{PythonRunner, RunOutput, RunStatus, Tool, ToolContext, ToolFault};
+use super::{InfraError, PythonRunner, RunOutput, RunStatus, Snippet, Tool, ToolContext, ToolFault};
 
 /// The observation of a run that used up its time.
 const TIMED_OUT: &str = "Execution timed out";
@@ -42,12 +42,17 @@ impl Tool for CodeInterpreter {
                 "required": ["code"]}}})
     }
 
-    async fn call(&self, arguments: &Map<String, Value>, context: ToolContext) -> Result<String, ToolFault> {
+    async fn call(
+        &self,
+        arguments: &Map<String, Value>,
+        context: ToolContext<'_>,
+    ) -> Result<String, ToolFault> {
         let Some(code) = arguments.get("code").and_then(Value::as_str) else {
             return Ok("Invalid argument \"code\" for tool code_interpreter: it must be a string.".to_owned());
         };
-        let output = self.python.run(code, context.seed).await;
-        let output = output.map_err(|e| ToolFault { tool: self.name().to_owned(), cause: e.to_string() })?;
+        let fault = |e: InfraError| ToolFault { tool: self.name().to_owned(), cause: e.to_string() };
+        let slot = context.clock.stand_still(self.python.admit()).await.map_err(fault)?;
+        let output = slot.run(Snippet { code, seed: context.seed, limits: None }).await.map_err(fault)?;
         Ok(observation(&output, self.max_length_chars()))
     }
 }

@@ -13,9 +13,10 @@ use async_trait::async_trait;
 use serde_json::{Map, Value};
 
 use crate::agents::ToolCall;
+use crate::clock::Clock;
 
 pub use code_interpreter::CodeInterpreter;
-pub use python::{InfraError, PythonRunner, RunOutput, RunStatus};
+pub use python::{InfraError, PythonRunner, PythonSlot, RunLimits, RunOutput, RunStatus, Snippet};
 
 /// AgentFly's default limit of an observation, in characters.
 pub const DEFAULT_MAX_LENGTH_CHARS: usize = 2048;
@@ -40,13 +41,15 @@ pub struct Observation {
 
 /// Who calls.
 #[derive(Debug, Clone, Copy)]
-pub struct ToolContext {
+pub struct ToolContext<'a> {
     /// The chain.
     pub chain: ChainKey,
     /// The turn, 0-based.
     pub turn: u32,
     /// The seed of every random choice the tool makes.
     pub seed: u64,
+    /// The chain's clock: stands still while the tool only waits for its turn.
+    pub clock: &'a Clock,
 }
 
 /// The machinery behind a tool failed: the chain is run again.
@@ -78,7 +81,11 @@ pub trait Tool: Send + Sync {
     ///
     /// # Errors
     /// Only when the machinery failed; what the policy did wrong is an observation.
-    async fn call(&self, arguments: &Map<String, Value>, context: ToolContext) -> Result<String, ToolFault>;
+    async fn call(
+        &self,
+        arguments: &Map<String, Value>,
+        context: ToolContext<'_>,
+    ) -> Result<String, ToolFault>;
 }
 
 /// No tool has this name.
@@ -131,7 +138,7 @@ impl ToolSet {
     ///
     /// # Errors
     /// The tool's machinery failed.
-    pub async fn call(&self, call: &ToolCall, context: ToolContext) -> Result<Observation, ToolFault> {
+    pub async fn call(&self, call: &ToolCall, context: ToolContext<'_>) -> Result<Observation, ToolFault> {
         let said = |text: String| Ok(Observation { text, status: ToolStatus::Success });
         let Some(tool) = self.tools.iter().find(|t| t.name() == call.name) else {
             let allowed: Vec<&str> = self.tools.iter().map(|t| t.name()).collect();

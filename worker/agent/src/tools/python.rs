@@ -1,7 +1,10 @@
 //! The door to the sandbox: Python code in, what happened out.
 //!
 //! The worker implements [`PythonRunner`] with its sandbox; `code_interpreter` and the rewards call it. What
-//! must stay true: code that fails is a [`RunOutput`]; an [`InfraError`] says the sandbox itself failed.
+//! must stay true: code that fails is a [`RunOutput`]; an [`InfraError`] says the sandbox itself failed; many
+//! callers at once make a queue and never a fault.
+
+use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -40,12 +43,46 @@ pub struct InfraError {
     pub cause: String,
 }
 
-/// Runs Python, each call in a fresh process with one namespace, within the sandbox's limits of time and memory.
+/// What a run may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RunLimits {
+    /// Wall-clock time.
+    pub wall: Duration,
+    /// CPU time.
+    pub cpu: Duration,
+    /// Memory.
+    pub memory_bytes: u64,
+}
+
+/// A program to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Snippet<'a> {
+    /// Python source.
+    pub code: &'a str,
+    /// Seeds its random generators.
+    pub seed: u64,
+    /// Limits of its own; `None` for those that the settings give the policy's code (`sandbox.*`).
+    pub limits: Option<RunLimits>,
+}
+
+/// Runs Python, each run in a fresh process with one namespace, within limits of time and memory.
 #[async_trait]
 pub trait PythonRunner: Send + Sync {
-    /// Runs `code` with its random generators seeded by `seed`.
+    /// Waits until a sandbox is free, as long as that takes: the caller's deadline bounds it, and its clock stands
+    /// still. Dropping the future leaves the queue.
+    ///
+    /// # Errors
+    /// The sandbox itself failed.
+    async fn admit(&self) -> Result<Box<dyn PythonSlot>, InfraError>;
+}
+
+/// A free sandbox, held for one run.
+#[async_trait]
+pub trait PythonSlot: Send {
+    /// Runs the snippet; it ends by its limits. Dropping the future does not stop what has begun: the sandbox stays
+    /// taken until then.
     ///
     /// # Errors
     /// Only when the sandbox itself failed; whatever the code does is a [`RunOutput`].
-    async fn run(&self, code: &str, seed: u64) -> Result<RunOutput, InfraError>;
+    async fn run(self: Box<Self>, snippet: Snippet<'_>) -> Result<RunOutput, InfraError>;
 }

@@ -1,16 +1,28 @@
 //! What the policy reads for every kind of call.
 
+use std::time::Duration;
+
 use agentfly_common::ids::Purpose;
 use serde_json::json;
+use tokio::time::Instant;
 
 use super::*;
 
+#[derive(Clone)]
 struct Scripted(Result<RunOutput, InfraError>);
 
 #[async_trait]
 impl PythonRunner for Scripted {
-    async fn run(&self, _code: &str, _seed: u64) -> Result<RunOutput, InfraError> {
-        self.0.clone()
+    async fn admit(&self) -> Result<Box<dyn PythonSlot>, InfraError> {
+        Ok(Box::new(self.clone()))
+    }
+}
+
+#[async_trait]
+impl PythonSlot for Scripted {
+    async fn run(self: Box<Self>, snippet: Snippet<'_>) -> Result<RunOutput, InfraError> {
+        assert_eq!(snippet.limits, None, "the policy's code runs under the settings' limits");
+        self.0
     }
 }
 
@@ -22,7 +34,10 @@ async fn call(
     let python: Arc<dyn PythonRunner> = Arc::new(Scripted(run));
     let tools = ToolSet::by_names(&["code_interpreter"], &python).unwrap();
     let chain = ChainKey { purpose: Purpose::Train, step: 1, group: 0, chain: 0 };
-    tools.call(&ToolCall { name: name.into(), arguments }, ToolContext { chain, turn: 0, seed: 0 }).await
+    let hour = Duration::from_secs(3600);
+    let clock = Clock::start(hour, Instant::now() + hour);
+    let context = ToolContext { chain, turn: 0, seed: 0, clock: &clock };
+    tools.call(&ToolCall { name: name.into(), arguments }, context).await
 }
 
 async fn ran(status: RunStatus, stdout: &str) -> String {

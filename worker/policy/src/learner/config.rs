@@ -22,10 +22,8 @@ pub enum MicroBatchLimit {
 pub struct LearnerConfig {
     /// Peak learning rate.
     pub lr: f64,
-    /// Training steps of warm-up; wins over the ratio.
-    pub lr_warmup_steps: Option<u64>,
-    /// Warm-up as a part of `total_training_steps`.
-    pub lr_warmup_steps_ratio: f64,
+    /// Training steps of warm-up.
+    pub lr_warmup_steps: u64,
     /// The curve after warm-up.
     pub lr_scheduler: Schedule,
     /// The cosine's floor, as a part of `lr`.
@@ -76,8 +74,7 @@ impl Default for LearnerConfig {
     fn default() -> Self {
         Self {
             lr: 1e-6,
-            lr_warmup_steps: None,
-            lr_warmup_steps_ratio: 0.0,
+            lr_warmup_steps: 0,
             lr_scheduler: Schedule::Constant,
             min_lr_ratio: 0.0,
             num_cycles: 0.5,
@@ -137,8 +134,6 @@ impl LearnerConfig {
         let part = |x: f64| (0.0..=1.0).contains(&x);
         rule("lr", self.lr, at_least_0(self.lr), "must be at least 0")?;
         rule("min_lr_ratio", self.min_lr_ratio, part(self.min_lr_ratio), "must lie in [0, 1]")?;
-        let ratio = self.lr_warmup_steps_ratio;
-        rule("lr_warmup_steps_ratio", ratio, part(ratio), "must lie in [0, 1]")?;
         rule("weight_decay", self.weight_decay, at_least_0(self.weight_decay), "must be at least 0")?;
         let decays = [self.betas.0, self.betas.1].iter().all(|beta| (0.0..1.0).contains(beta));
         rule("betas", self.betas, decays, "must lie in [0, 1)")?;
@@ -159,11 +154,10 @@ impl LearnerConfig {
     /// The learning rate's curve.
     #[must_use]
     pub fn schedule(&self) -> LrSchedule {
-        let by_ratio = (self.lr_warmup_steps_ratio * self.total_training_steps as f64) as u64;
         LrSchedule {
             lr: self.lr,
             kind: self.lr_scheduler,
-            warmup_steps: self.lr_warmup_steps.unwrap_or(by_ratio),
+            warmup_steps: self.lr_warmup_steps,
             total_steps: self.total_training_steps,
             min_lr_ratio: self.min_lr_ratio,
             num_cycles: self.num_cycles,

@@ -11,6 +11,8 @@
 mod aggregate;
 mod checkpoint;
 mod config;
+#[cfg(test)]
+mod edges;
 mod error;
 mod forward;
 mod kl;

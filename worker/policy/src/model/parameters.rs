@@ -63,35 +63,6 @@ impl Parameters {
         }
     }
 
-    /// Overwrites every parameter in place with `source`'s tensor of that name, casting to this model's kind
-    /// and device.
-    ///
-    /// # Errors
-    /// Names the first parameter that `source` lacks or holds in another shape; nothing is changed then.
-    pub fn copy_from(&self, source: &Parameters) -> Result<(), ModelError> {
-        let mut pairs = Vec::with_capacity(self.named.len());
-        for (name, tensor) in &self.named {
-            let from = source.get(name).ok_or_else(|| ModelError::Input {
-                what: "weights to copy",
-                got: format!("{} tensors without `{name}`", source.len()),
-                needed: format!("`{name}` {:?}", tensor.size()),
-            })?;
-            if from.size() != tensor.size() {
-                return Err(ModelError::Input {
-                    what: "weights to copy",
-                    got: format!("`{name}` {:?}", from.size()),
-                    needed: format!("{:?}", tensor.size()),
-                });
-            }
-            pairs.push((tensor.shallow_clone(), from));
-        }
-        let _no_grad = tch::no_grad_guard();
-        for (mut to, from) in pairs {
-            to.f_copy_(from)?;
-        }
-        Ok(())
-    }
-
     /// BLAKE3 over every name, kind, shape and byte, as hex: equal on two ranks iff their weights are
     /// bit-equal.
     ///

@@ -76,3 +76,31 @@ fn stretch(frequency: f32, scaling: &RopeScaling) -> f32 {
         (1.0 - smooth) * frequency / scaling.factor as f32 + smooth * frequency
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wavelengths_between_the_two_bounds_are_stretched_in_part() {
+        let scaling = RopeScaling {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 64,
+        };
+        // The wavelength in positions, and by what its frequency is multiplied; bounds at 64 / 4 and 64 / 1.
+        for (wavelength, expected) in [
+            (8.0, 1.0),
+            (15.9, 1.0),
+            (64.0 / 3.0, 2.0 / 3.0 + 1.0 / 3.0 / 8.0),
+            (32.0, 1.0 / 3.0 + 2.0 / 3.0 / 8.0),
+            (64.1, 1.0 / 8.0),
+            (1000.0, 1.0 / 8.0),
+        ] {
+            let frequency = 2.0 * std::f32::consts::PI / wavelength;
+            let factor = stretch(frequency, &scaling) / frequency;
+            assert!((factor - expected).abs() < 1e-4, "wavelength {wavelength}: {factor}, not {expected}");
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! Tests of the learner's arithmetic where a wrong factor would still train: clipping, AdamW over several steps,
+//! the ends of a schedule, and what a step reports.
+
+use agentfly_c10d::AdamWHyper;
+use agentfly_common::batch::{MiniBatch, TrainRow, TrainShard};
+use agentfly_common::ids::{ChainKey, PolicyVersion, Purpose};
+use tch::{Device, Kind, Tensor};
+
+use super::config::MicroBatchLimit;
+use super::error::RowName;
+use super::microbatch::{Row, plan};
+use super::offpolicy::OffPolicySums;
+use super::optimizer::Optimizer;
+use super::ranks::Ranks;
+use super::stats::StepSums;
+use super::{Learner, LearnerConfig, LrSchedule, Schedule};
+use crate::model::{Architecture, Attention, Decoder, ModelConfig};
+
+/// The smallest decoder there is.
+fn decoder() -> Decoder {
+    let config = ModelConfig {
+        architecture: Architecture::Qwen2,
+        hidden: 4,
+        layers: 1,
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 2,
+        intermediate: 4,
+        vocab: 7,
+        rms_eps: 1e-6,
+        rope_theta: 10_000.0,
+        rope_scaling: None,
+        tie_word_embeddings: true,
+        max_position_embeddings: 16,
+        initializer_range: 0.5,
+        eos_ids: vec![0],
+        bos_id: None,
+        pad_id: None,
+        torch_dtype: None,
+    };
+    Decoder::random(config, 1, Kind::Float, Device::Cpu).unwrap()
+}
+
+fn numbers(tensor: &Tensor) -> Vec<f64> {
+    Vec::try_from(tensor.to_kind(Kind::Double).flatten(0, -1)).unwrap()
+}
+
+fn assert_close(got: &[f64], expected: &[f64], what: &str) {
+    assert_eq!(got.len(), expected.len());
+    for (at, (got, expected)) in got.iter().zip(expected).enumerate() {
+        assert!(
+            (got - expected).abs() < 1e-5 * expected.abs().max(1.0),
+            "{what}, weight {at}: {got}, not {expected}"
+        );
+    }
+}
+
+/// AdamW with decoupled weight decay (Loshchilov & Hutter 2019), in 64 bits.
+fn adamw(weights: &mut [f64], moments: &mut [(f64, f64)], grads: &[f64], step: i32, hyper: &AdamWHyper) {
+    for ((weight, (m, v)), g) in weights.iter_mut().zip(moments).zip(grads) {
+        *weight -= hyper.lr * hyper.weight_decay * *weight;
+        *m = hyper.beta1 * *m + (1.0 - hyper.beta1) * g;
+        *v = hyper.beta2 * *v + (1.0 - hyper.beta2) * g * g;
+        let (m, v) = (*m / (1.0 - hyper.beta1.powi(step)), *v / (1.0 - hyper.beta2.powi(step)));
+        *weight -= hyper.lr * m / (v.sqrt() + hyper.eps);
+    }
+}
+
+#[test]
+fn updates_are_adamw_over_clipped_gradients_step_after_step() {
+    let decoder = decoder();
+    let mut optimizer = Optimizer::new(&decoder).unwrap();
+    let ranks = Ranks::new(None, Device::Cpu);
+    // With a large ε the size of a gradient matters, not only its direction.
+    let hyper = AdamWHyper { lr: 0.1, beta1: 0.8, beta2: 0.9, weight_decay: 0.2, eps: 0.5 };
+    let mut weights = numbers(&optimizer.master);
+    let mut moments = vec![(0.0, 0.0); weights.len()];
+    let direction: Vec<f64> = (0..weights.len()).map(|i| ((i * 7 + 3) % 11) as f64 - 4.5).collect();
+    let length = direction.iter().map(|x| x * x).sum::<f64>().sqrt();
+    for (step, (norm, clip)) in (1..).zip([(3.0, 2.0), (0.5, 2.0), (1.5, 2.0), (40.0, 2.0), (1.5, 1.0)]) {
+        let sign = if step % 2 == 0 { -1.0 } else { 1.0 };
+        let gradient: Vec<f64> = direction.iter().map(|x| sign * x / length * norm).collect();
+        optimizer.grad.copy_(&Tensor::from_slice(&gradient));
+        let update = optimizer.step(&decoder, &ranks, clip, &hyper).unwrap();
+        assert!(
+            update.applied && (update.grad_norm - norm).abs() < 1e-5,
+            "the norm before clipping: {update:?}"
+        );
+        let scale = (clip / norm).min(1.0);
+        let clipped: Vec<f64> = gradient.iter().map(|x| x * scale).collect();
+        adamw(&mut weights, &mut moments, &clipped, step, &hyper);
+        assert_close(&numbers(&optimizer.master), &weights, &format!("step {step}"));
+    }
+    let published: Vec<f64> = decoder.parameters().iter().flat_map(|(_, tensor)| numbers(tensor)).collect();
+    assert_close(&published, &weights, "the model's own tensors");
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_changes_neither_weights_nor_the_count_of_steps() {
+    let decoder = decoder();
+    let mut optimizer = Optimizer::new(&decoder).unwrap();
+    let before = numbers(&optimizer.master);
+    let _same = optimizer.grad.fill_(f64::INFINITY);
+    let hyper = AdamWHyper { lr: 0.1, beta1: 0.9, beta2: 0.9, weight_decay: 0.1, eps: 0.1 };
+    let update = optimizer.step(&decoder, &Ranks::new(None, Device::Cpu), 1.0, &hyper).unwrap();
+    assert!(!update.applied, "{update:?}");
+    assert_eq!((numbers(&optimizer.master), optimizer.steps), (before, 0));
+}
+
+#[test]
+fn schedules_at_their_ends() {
+    let schedule = LrSchedule {
+        lr: 2.0,
+        kind: Schedule::Cosine,
+        warmup_steps: 3,
+        total_steps: 4,
+        min_lr_ratio: 0.25,
+        num_cycles: 0.5,
+    };
+    let rates = |schedule: &LrSchedule| (0..6).map(|step| schedule.rate(step)).collect::<Vec<_>>();
+    assert_close(&rates(&schedule)[..5], &[0.0, 2.0 / 3.0, 4.0 / 3.0, 2.0, 0.5], "one step after warm-up");
+    let all_warmup = LrSchedule { warmup_steps: 4, ..schedule };
+    assert_close(&rates(&all_warmup)[..5], &[0.0, 0.5, 1.0, 1.5, 2.0], "warm-up to the end");
+    assert!(rates(&all_warmup).iter().all(|rate| rate.is_finite()));
+    let one = LrSchedule { warmup_steps: 1, kind: Schedule::Constant, ..schedule };
+    assert_eq!(rates(&one)[..2], [0.0, 2.0]);
+    let none = LrSchedule { warmup_steps: 0, ..one };
+    assert_eq!(rates(&none)[0], 2.0);
+}
+
+#[test]
+fn micro_batches_are_filled_to_their_limit() {
+    assert_eq!(plan(&[5, 5, 5, 5, 5], MicroBatchLimit::Rows(2)), [vec![0, 1], vec![2, 3], vec![4]]);
+    assert_eq!(plan(&[5, 5, 5], MicroBatchLimit::Tokens(10)), [vec![0, 1], vec![2]]);
+    assert_eq!(plan(&[3, 5, 4, 0], MicroBatchLimit::Tokens(10)), [vec![1, 2], vec![0]], "longest first");
+    assert_eq!(plan(&[30], MicroBatchLimit::Tokens(10)), [vec![0]], "a row is never cut");
+    let without_loss = Row::new(RowName::Supervised(0), &[1, 2, 3], &[false; 3], 7).unwrap();
+    assert_eq!(without_loss.span(), 0, "nothing of it needs the model");
+}
+
+#[test]
+fn what_updates_report_is_averaged_over_updates_and_where_it_counts_tokens_over_tokens() {
+    let mut sums = StepSums { tokens: 50, grad_norm: 6.0, finite_norms: 2, ..StepSums::default() };
+    sums.add_update(&[1.0, 2.0, 3.0, 10.0, 20.0, 40.0], 10);
+    sums.add_update(&[3.0, 4.0, 5.0, 0.0, 0.0, 0.0], 10);
+    sums.add_update(&[2.0, 3.0, 4.0, 5.0, 10.0, 20.0], 5);
+    let stats = sums.finish(&Ranks::new(None, Device::Cpu), 0.5, Some(0.25), 25).unwrap();
+    for (name, value) in [
+        ("actor/pg_loss", 2.0),
+        ("actor/kl_loss", 3.0),
+        ("actor/entropy", 4.0),
+        ("actor/pg_clipfrac", 2.0 / 3.0),
+        ("actor/pg_clipfrac_lower", 4.0 / 3.0),
+        ("actor/ppo_kl", 8.0 / 3.0),
+        ("actor/lr", 0.5),
+        ("actor/kl_coef", 0.25),
+        ("actor/grad_norm", 3.0),
+        ("actor/skipped_updates", 1.0),
+    ] {
+        assert!((stats.metrics[name] - value).abs() < 1e-12, "{name}: {}, not {value}", stats.metrics[name]);
+    }
+    assert_eq!((stats.skipped_updates, stats.tokens, stats.loss_tokens), (1, 50, 25));
+
+    let mut skipped = StepSums::default();
+    skipped.add_update(&[0.0; 6], 1);
+    let stats = skipped.finish(&Ranks::new(None, Device::Cpu), 0.5, None, 1).unwrap();
+    assert_eq!(stats.metrics.get("actor/grad_norm"), None, "no norm was finite");
+    assert!(!stats.metrics.contains_key("actor/kl_loss") && !stats.metrics.contains_key("actor/kl_coef"));
+}
+
+#[test]
+fn differences_of_probabilities_have_the_mean_and_standard_deviation_of_all_tokens() {
+    let ln = |p: f64| p.ln() as f32;
+    let mut sums = OffPolicySums::default();
+    sums.add_row(&[ln(0.5), ln(0.9)], &[ln(0.4), ln(0.5)]);
+    sums.add_row(&[ln(0.2)], &[ln(0.9)]);
+    let metrics = sums.metrics();
+    // |0.1|, |0.4|, |0.7|: mean 0.4, deviation with n − 1 is 0.3
+    for (name, value) in [("max", 0.7), ("mean", 0.4), ("std", 0.3)] {
+        let got = metrics[format!("training/rollout_probs_diff_{name}").as_str()];
+        assert!((got - value).abs() < 1e-6, "{name}: {got}, not {value}");
+    }
+    let mut one = OffPolicySums::default();
+    one.add_row(&[ln(0.5)], &[ln(0.4)]);
+    assert!(one.metrics()["training/rollout_probs_diff_std"].abs() < 1e-6, "one token has no spread");
+}
+
+/// Two rows with gaps in their masks and advantages of both signs.
+fn shard() -> TrainShard {
+    let row = |chain: u32, token_ids: &[u32], mask: [bool; 5], advantage: f32| TrainRow {
+        key: ChainKey { purpose: Purpose::Train, step: 1, group: 0, chain },
+        token_ids: token_ids.to_vec(),
+        loss_mask: mask.to_vec(),
+        rollout_log_probs: mask.map(|sampled| if sampled { -2.0 } else { 0.0 }).to_vec(),
+        advantages: mask.map(|sampled| if sampled { advantage } else { 0.0 }).to_vec(),
+    };
+    let rows = vec![
+        row(0, &[1, 2, 3, 4, 5], [false, true, true, false, true], 1.5),
+        row(1, &[6, 5, 4, 1, 2], [false, false, true, true, true], -0.5),
+    ];
+    let mini_batch = MiniBatch { rows, global_loss_tokens: 6, global_rows: 2 };
+    TrainShard { step: 1, policy_version: PolicyVersion(0), mini_batches: vec![mini_batch] }
+}
+
+/// Log-probs of every position's distribution over the vocabulary, `[5, vocab]`, in one plain forward pass.
+fn distributions(decoder: &Decoder, row: &TrainRow, temperature: f64) -> Tensor {
+    let ids: Vec<i64> = row.token_ids.iter().map(|&id| i64::from(id)).collect();
+    let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
+    let hidden =
+        decoder.hidden(&Tensor::from_slice(&ids).unsqueeze(0), &positions, Attention::Causal).unwrap();
+    (decoder.logits(&hidden).unwrap().squeeze_dim(0) / temperature).log_softmax(-1, Kind::Float)
+}
+
+/// The loss written out by its definition, on the first update of a step, where the ratio is 1: policy loss, KL loss
+/// and entropy, each the mean over all tokens with loss, and the gradient of their weighted sum.
+fn by_definition(decoder: &Decoder, reference: &Decoder, config: &LearnerConfig) -> ([f64; 3], Vec<f64>) {
+    let kl_coef = if config.use_kl_loss { config.kl_loss_coef } else { 0.0 };
+    decoder.parameters().set_requires_grad(true);
+    let zero = || Tensor::zeros([], (Kind::Float, Device::Cpu));
+    let (mut policy, mut divergence, mut entropy) = (zero(), zero(), zero());
+    for row in &shard().mini_batches[0].rows {
+        let all = distributions(decoder, row, config.temperature);
+        let of_reference = tch::no_grad(|| distributions(reference, row, config.temperature));
+        for at in (0..row.token_ids.len()).filter(|&at| row.loss_mask[at]) {
+            let (place, id) = (at as i64 - 1, i64::from(row.token_ids[at]));
+            let (now, then) = (all.get(place).get(id), of_reference.get(place).get(id));
+            policy -= (&now - now.detach()).exp() * f64::from(row.advantages[at]);
+            divergence += (&then - &now).exp() + (&now - &then) - 1.0; // k3
+            entropy -= (all.get(place).exp() * all.get(place)).sum(Kind::Float);
+        }
+    }
+    let [policy, divergence, entropy] = [policy, divergence, entropy].map(|sum| sum / 6.0);
+    (&policy + &divergence * kl_coef - &entropy * config.entropy_coeff).backward();
+    let gradient = decoder.parameters().iter().flat_map(|(_, tensor)| numbers(&tensor.grad())).collect();
+    decoder.parameters().set_requires_grad(false);
+    ([policy, divergence, entropy].map(|value| value.double_value(&[])), gradient)
+}
+
+#[test]
+fn the_gradient_is_that_of_the_loss_by_its_definition() {
+    let base = LearnerConfig { grad_clip: 1e9, use_kl_loss: true, ..LearnerConfig::default() };
+    for config in [
+        LearnerConfig { temperature: 0.7, kl_loss_coef: 3.0, entropy_coeff: 0.2, ..base.clone() },
+        LearnerConfig { temperature: 1.0, kl_loss_coef: 0.5, entropy_coeff: -0.2, ..base.clone() },
+        LearnerConfig { temperature: 2.0, kl_loss_coef: 0.5, entropy_coeff: 0.0, ..base.clone() },
+        LearnerConfig { use_kl_loss: false, entropy_coeff: 0.0, ..base },
+    ] {
+        let reference = decoder();
+        let mut trained = decoder();
+        let mut learner = Learner::new(config.clone(), &trained, true, None).unwrap();
+        tch::no_grad(|| {
+            for (index, (_, tensor)) in trained.parameters().iter().enumerate() {
+                let noise = Tensor::arange(tensor.numel() as i64, (Kind::Float, Device::Cpu)) + index as f64;
+                let _same =
+                    tensor.shallow_clone().g_add_(&(noise.sin() * 0.3).view(tensor.size().as_slice()));
+            }
+        });
+        let ([policy, divergence, entropy], gradient) = by_definition(&trained, &reference, &config);
+        let stats = learner.train(&mut trained, &shard()).unwrap();
+        assert_close(&numbers(&learner.optimizer.grad), &gradient, &format!("{config:?}"));
+        let metric = |name: &str| stats.metrics.get(name).copied().unwrap_or(f64::NAN);
+        let norm = gradient.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let reported = [metric("actor/pg_loss"), metric("actor/entropy"), metric("actor/grad_norm")];
+        assert_close(&reported, &[policy, entropy, norm], "what is reported");
+        assert_eq!(stats.metrics.contains_key("actor/kl_loss"), config.use_kl_loss);
+        if config.use_kl_loss {
+            assert!(divergence > 0.01, "the two must differ for this to say anything: {divergence}");
+            assert_close(&[metric("actor/kl_loss")], &[divergence], "the divergence");
+        }
+    }
+}
+
+#[test]
+fn later_updates_of_a_step_are_measured_against_the_policy_before_the_first() {
+    let halves = |mut whole: TrainShard| {
+        let rows = std::mem::take(&mut whole.mini_batches[0].rows);
+        whole.mini_batches = rows
+            .into_iter()
+            .map(|row| MiniBatch { rows: vec![row], global_loss_tokens: 3, global_rows: 1 })
+            .collect();
+        whole
+    };
+    for (shard, ppo_epochs, updates) in [(shard(), 1, 1), (shard(), 2, 2), (halves(shard()), 1, 2)] {
+        let mut decoder = decoder();
+        let config = LearnerConfig { lr: 0.05, ppo_epochs, ..LearnerConfig::default() };
+        let stats = Learner::new(config, &decoder, false, None).unwrap().train(&mut decoder, &shard).unwrap();
+        let moved = stats.metrics["actor/ppo_kl"] != 0.0;
+        assert_eq!(moved, updates > 1, "{updates} updates: {:?}", stats.metrics);
+        assert!(stats.metrics["rollout_corr/training_ppl"] > 1.0, "compared with the rollout in any case");
+    }
+}
