@@ -10,7 +10,7 @@ PROFILE ?= release
 BIN := target/$(if $(filter release,$(PROFILE)),release,debug)
 
 help: ## What can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: ## Fetch libtorch and the sandbox's Python (costs nothing when they are there)
 	@deploy/scripts/fetch_libtorch.sh third_party/libtorch

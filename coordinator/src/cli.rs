@@ -24,6 +24,23 @@ Examples:
   coordinator job logs job-1
   coordinator stop";
 
+const SETTINGS: &str = "\
+The settings of most jobs:
+  actor_rollout_ref.model.path=DIR     the Hugging Face model to train
+  data.train_files=FILE                questions and answers: a JSON list or JSON Lines
+  data.val_files=FILE                  the same, for validation
+  data.train_batch_size=16             questions a step
+  agent.num_chains=8                   chains for each question: the group of GRPO
+  agent.agent_type=code agent.tools=[code_interpreter] agent.reward_name=math_reward_format
+  actor_rollout_ref.actor.optim.lr=1e-6
+  trainer.n_gpus_per_node=2            ranks: GPUs, or CPU ranks on a machine without
+  trainer.total_training_steps=40 trainer.save_freq=10
+
+`coordinator explain` lists all of them as they are resolved; deploy/default.toml says what each means.
+The same keys go into a file (--config run.toml) or the environment, with __ for each dot:
+  AGENTFLY_AGENT__NUM_CHAINS=8 coordinator train …
+Defaults give way to the file, the file to the environment, the environment to KEY=VALUE.";
+
 /// What a head is started with.
 #[derive(Debug, Clone, Args)]
 pub struct HeadArgs {
@@ -69,8 +86,10 @@ pub struct HeadArgs {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run a training job and show how it goes; starts a head for its length when none is running
+    #[command(after_help = SETTINGS)]
     Train(TrainArgs),
     /// Print the resolved settings and the batch arithmetic in words
+    #[command(after_help = SETTINGS)]
     Explain(SettingsArgs),
     /// Show whether a head runs and what it does
     Status(ShowArgs),

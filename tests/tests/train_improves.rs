@@ -93,3 +93,24 @@ async fn with_a_learning_rate_of_zero_nothing_is_learned() {
     assert!(change.abs() <= 1.0 / 64.0 + 1e-9, "accuracy changed by {change} without learning");
     assert_nothing_runs(&playground);
 }
+
+#[tokio::test]
+async fn a_rank_alone_trains_as_well() {
+    let playground = Playground::new().unwrap();
+    let more = [
+        "trainer.n_gpus_per_node=1",
+        "trainer.total_training_steps=1",
+        "trainer.val_before_train=False",
+        "data.train_batch_size=4",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+        "data.val_max_samples=4",
+    ];
+    // Its first command comes as soon as it says that it is ready: a rank that is not quite is found by some.
+    for experiment in ["first", "second", "third"] {
+        let name = format!("trainer.experiment_name={experiment}");
+        train(&playground, &[&more[..], &[&name]].concat()).await;
+        let summary = json(&playground.path().join(format!("runs/test/{experiment}/summary.json"))).unwrap();
+        assert_eq!((summary["steps"].as_u64(), summary["policy_version"].as_u64()), (Some(1), Some(1)));
+    }
+    assert_nothing_runs(&playground);
+}

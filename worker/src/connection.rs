@@ -63,7 +63,13 @@ impl Connection {
             .with_min_delay(Duration::from_millis(50))
             .with_max_delay(Duration::from_secs(2))
             .without_max_times();
-        let dialled = (|| endpoint.connect()).retry(attempts);
+        let mut told = false;
+        let dialled = (|| endpoint.connect()).retry(attempts).notify(|error, _| {
+            if !std::mem::replace(&mut told, true) {
+                let seconds = DIAL_DEADLINE.as_secs();
+                tracing::warn!("no coordinator answers at {address} yet ({error}); trying for {seconds} s");
+            }
+        });
         let channel = match tokio::time::timeout(DIAL_DEADLINE, dialled).await {
             Ok(channel) => channel.with_context(|| format!("could not connect to {address}"))?,
             Err(_) => anyhow::bail!(

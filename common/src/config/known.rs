@@ -73,6 +73,11 @@ pub(crate) fn lookup(spelled: &str) -> Option<Known> {
     accepted::rule(spelled).map(Known::Accepted)
 }
 
+/// The key that is `text` when dots are written as underscores.
+pub(crate) fn but_for_dots(text: &str) -> Option<String> {
+    spellings().find(|key| key.replace('.', "_") == text)
+}
+
 /// Whether keys below `group` exist, so that a map may be given for it.
 pub(crate) fn is_group(group: &str) -> bool {
     let below = |key: &str| key.strip_prefix(group).is_some_and(|rest| rest.starts_with('.'));

@@ -31,8 +31,8 @@ pub(crate) fn from_command_line(overrides: &[String]) -> Layer {
     layer
 }
 
-/// The layer of the environment. A name with the prefix but without `__` is some other program's or a
-/// set-up variable, not a key: every key has a dot.
+/// The layer of the environment. A name with the prefix but without `__` is some set-up variable, unless it is a
+/// key but for the number of underscores: that is an error, for it would be passed over silently.
 pub(crate) fn from_environment(variables: impl IntoIterator<Item = (String, String)>) -> Layer {
     let mut layer = Layer::default();
     let mut ours: Vec<_> = variables.into_iter().filter(|(name, _)| name.starts_with(ENV_PREFIX)).collect();
@@ -42,6 +42,12 @@ pub(crate) fn from_environment(variables: impl IntoIterator<Item = (String, Stri
         if key.contains('.') {
             let text = format!("{name}={value}");
             assign(&mut layer, &key, &value, Source::Environment(name), &text);
+        } else if let Some(meant) = known::but_for_dots(&key) {
+            let problem = format!(
+                "`__` stands for the dot: {ENV_PREFIX}{} is {meant}",
+                meant.replace('.', "__").to_ascii_uppercase()
+            );
+            layer.errors.push(syntax(&format!("{name}={value}"), Source::Environment(name), &problem));
         }
     }
     layer

@@ -87,6 +87,7 @@ fn layers_win_over_each_other_in_any_spelling() {
         ("AGENTFLY_AGENT__NUM_CHAINS".to_owned(), "6".to_owned()),
         ("AGENTFLY_AGENT__MAX_TURNS".to_owned(), "5".to_owned()),
         ("AGENTFLY_LOG".to_owned(), "debug".to_owned()),
+        ("AGENTFLY_RUNTIME_DIR".to_owned(), "/tmp".to_owned()),
         ("HOME".to_owned(), "/root".to_owned()),
     ];
     let resolved = resolve(&words("agent.run_config.max_turns=7 ~data.seed"), Some(&file), env).unwrap();
@@ -100,6 +101,13 @@ fn layers_win_over_each_other_in_any_spelling() {
     );
     assert_eq!(resolved.provenance["data.train_batch_size"], Source::File(file));
     assert_eq!(resolved.provenance["agent.max_turns"], Source::CommandLine);
+}
+
+#[test]
+fn a_setting_of_the_environment_with_too_few_underscores_is_not_passed_over() {
+    let env = [("AGENTFLY_AGENT_NUM_CHAINS".to_owned(), "6".to_owned())];
+    let told = resolve(&[], None, env).unwrap_err().to_string();
+    assert!(told.contains("AGENTFLY_AGENT__NUM_CHAINS is agent.num_chains"), "{told}");
 }
 
 #[test]

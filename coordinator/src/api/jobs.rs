@@ -121,7 +121,7 @@ impl Jobs for Services {
     async fn cancel(&self, request: Request<pb::JobRef>) -> Result<Response<pb::JobInfo>, Status> {
         let id = request.into_inner().job_id;
         self.job(&id)?;
-        self.scheduler.cancel(id.clone(), "cancelled by its user".to_owned()).await?;
+        self.scheduler.cancel(id.clone(), "by its user".to_owned()).await?;
         Ok(Response::new(self.job(&id)?))
     }
 

@@ -39,7 +39,7 @@ pub(super) async fn status(args: ShowArgs) -> Outcome<ExitCode> {
     println!("version {}, up {}", status.version, duration(status.uptime_seconds));
     let running = status.running_job.map(|job| format!(" ({job})")).unwrap_or_default();
     println!(
-        "{} nodes alive; jobs: {} running{running}, {} queued",
+        "nodes alive: {}; jobs running: {}{running}, queued: {}",
         status.nodes_alive, status.jobs_running, status.jobs_queued
     );
     Ok(ExitCode::SUCCESS)

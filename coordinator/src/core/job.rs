@@ -159,7 +159,7 @@ impl Job {
         let total = self.plan.total_steps;
         match &self.life {
             Life::Queued => self.waits_for.clone(),
-            Life::Starting(_) => format!("starting {} ranks", self.plan.world_size),
+            Life::Starting(_) => format!("starting its ranks ({})", self.plan.world_size),
             Life::Rollout(rollout) => rollout.detail(total),
             Life::Training(training) => {
                 format!(

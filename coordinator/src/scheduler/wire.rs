@@ -90,11 +90,12 @@ pub fn exit_cause(exited: &pb::RankExited) -> String {
         (None, Some(code)) => format!("ended with exit code {code}"),
         (None, None) => "ended".to_owned(),
     };
-    match exited.log_tail.as_slice() {
-        // One that ended as it was told has nothing to explain.
-        _ if exited.exit_code == Some(0) => how,
-        [] => how,
-        tail => format!("{how}; its last words: {}", tail.join(" | ")),
+    // That all went well until then explains nothing; it is in the rank's log.
+    let telling = |line: &&String| !line.contains(" INFO ") && !line.contains(" DEBUG ");
+    let words: Vec<&str> = exited.log_tail.iter().filter(telling).map(String::as_str).collect();
+    match words.is_empty() || exited.exit_code == Some(0) {
+        true => how,
+        false => format!("{how}; its last words: {}", words.join(" | ")),
     }
 }
 
@@ -195,5 +196,7 @@ mod tests {
         assert_eq!(exit_cause(&exited(Some(9), None, &[])), "was killed (signal 9; out of memory?)");
         let cause = exit_cause(&exited(None, Some(70), &["a", "b"]));
         assert_eq!(cause, "ended with exit code 70; its last words: a | b");
+        let cause = exit_cause(&exited(None, Some(70), &["12:00 INFO rank: all is well", "Aborted"]));
+        assert_eq!(cause, "ended with exit code 70; its last words: Aborted");
     }
 }

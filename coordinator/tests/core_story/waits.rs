@@ -129,7 +129,7 @@ fn a_rank_that_takes_long_to_join_is_not_silent_from_its_start_on() {
     pass(&mut world, 1, &[]);
     assert_eq!(
         detail(&world),
-        "starting 2 ranks",
+        "starting its ranks (2)",
         "the limit of silence is 30 s, and both spoke a second ago"
     );
 }
@@ -141,7 +141,7 @@ fn who_is_late_to_be_ready_is_named_and_who_is_ready_is_not() {
         world.apply(event);
     }
     pass(&mut world, 60, &[zero.clone(), one.clone()]);
-    assert_eq!(detail(&world), "starting 2 ranks", "exactly at its limit");
+    assert_eq!(detail(&world), "starting its ranks (2)", "exactly at its limit");
     pass(&mut world, 1, &[zero, one]);
     let told = detail(&world);
     assert!(told.contains("waiting for rank 1 to load and attest its weights"), "{told}");

@@ -198,3 +198,20 @@ fn gradients_reach_every_parameter_and_an_update_is_seen() {
         assert!((before - after).abs().max().double_value(&[]) > 0.1, "{family}");
     }
 }
+
+#[test]
+fn weights_that_are_no_numbers_are_refused_by_tensor_and_file() {
+    let decoder = model("qwen2", 1);
+    let mut broken = named(&decoder);
+    let (name, tensor) = &mut broken[3];
+    *tensor = tensor.copy();
+    let _same_tensor = tensor.view([-1]).get(0).fill_(f64::NAN);
+    let name = name.clone();
+    let dir = tempfile::tempdir().unwrap();
+    export(dir.path(), decoder.config(), &broken, None).unwrap();
+    let told = load(dir.path()).unwrap_err();
+    assert!(
+        told.contains(&format!("NaN or infinities in `{name}`")) && told.contains("model.safetensors"),
+        "{told}"
+    );
+}

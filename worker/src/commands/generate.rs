@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use agentfly_agent::agents::{Agent, agent};
 use agentfly_agent::template::ChatTemplate;
 use agentfly_agent::tokenizer::ChatTokenizer;
 use agentfly_common::ids::PolicyVersion;
@@ -27,9 +28,12 @@ pub struct GenerateArgs {
     /// Chat template by name (qwen-chat, chatml, …) [default: the model's own]
     #[arg(long)]
     template: Option<String>,
-    /// System prompt [default: the template's]
+    /// System prompt [default: the agent's, else the template's]
     #[arg(long)]
     system: Option<String>,
+    /// Speak to it as this agent type does in training (code): with its system prompt
+    #[arg(long, value_name = "TYPE")]
+    agent: Option<String>,
     /// 0 is greedy
     #[arg(long, default_value_t = 1.0)]
     temperature: f64,
@@ -75,7 +79,9 @@ struct Answer {
 pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let tokenizer = Arc::new(ChatTokenizer::from_dir(&args.model)?);
     let template = ChatTemplate::new(args.template.as_deref(), tokenizer.clone())?;
-    let prompt_ids = template.prompt_ids(args.system.as_deref(), &args.prompt, &[])?;
+    let agent = args.agent.as_deref().map(agent).transpose()?;
+    let system = args.system.as_deref().or(agent.as_deref().and_then(Agent::system_prompt));
+    let prompt_ids = template.prompt_ids(system, &args.prompt, &[])?;
     let generation = sample(args, &prompt_ids, tokenizer.stop_ids())?;
     let text = tokenizer.decode(&generation.ids)?;
     if args.json {

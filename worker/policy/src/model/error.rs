@@ -8,7 +8,7 @@ use agentfly_common::model_dir::ModelDirError;
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// Reading or writing a file failed.
-    #[error("{action} {}: {source}", path.display())]
+    #[error("{action} {}", path.display())]
     Io {
         /// What was tried: `cannot read`, `cannot write`, ….
         action: &'static str,

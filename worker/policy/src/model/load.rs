@@ -41,5 +41,12 @@ fn read_tensor(file: &File, stored: &StoredTensor, kind: Kind, device: Device) -
     file.read_exact_at(&mut bytes, stored.offset)
         .map_err(|e| ModelError::io("cannot read", &stored.path, e))?;
     let tensor = Tensor::f_from_data_size(&bytes, &stored.shape, stored_kind)?;
+    if tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+        return Err(ModelError::Input {
+            what: "weights",
+            got: format!("NaN or infinities in `{}` of {}", stored.name, stored.path.display()),
+            needed: "numbers; the training that wrote them went wrong: take an earlier checkpoint".to_owned(),
+        });
+    }
     Ok(tensor.f_to_device(device)?.f_to_kind(kind)?)
 }
