@@ -19,7 +19,7 @@ use crate::failure::{Failure, Outcome};
 use crate::journal::NewJob;
 use crate::model_check::check_model;
 use crate::store::run_dir::{Opened, RunDir, RunDirError};
-use crate::store::{check_writable, checkpoints, free_bytes};
+use crate::store::{checkpoints, free_bytes};
 
 /// What a checkpoint needs beyond its weights: tokenizer, manifest, and room to breathe.
 const SPARE_BYTES: u64 = 64 << 20;
@@ -140,9 +140,6 @@ pub fn check(config: &Config) -> Outcome<Checked> {
     let model = check_model(config)?;
     let questions = Questions::load(config)?;
     let plan = batch_plan(config, Some(questions.train_rows() as u64)).map_err(Failure::operator)?;
-    for dir in [config.trainer.run_dir(), config.trainer.checkpoint_dir()] {
-        check_writable(&dir).map_err(Failure::operator)?;
-    }
     check_room(config, model.weight_bytes())?;
     Ok(Checked { questions, plan })
 }

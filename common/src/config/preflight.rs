@@ -4,6 +4,8 @@
 
 use std::path::Path;
 
+use rustix::fs::{Access, AtFlags, CWD, accessat};
+
 use crate::config::error::{ConfigError, ConfigErrors};
 use crate::config::schema::Config;
 
@@ -84,9 +86,10 @@ fn output_problem(folder: &Path) -> Option<String> {
         Some((above, Ok(found))) if !found.is_dir() => {
             Some(format!("cannot be made: {} is a file", above.display()))
         }
-        Some((above, Ok(found))) if found.permissions().readonly() => {
-            Some(format!("cannot be made: {} is read-only", above.display()))
+        // Asked of the kernel: a read-only disk and another user's folder show in no mode bits of ours.
+        Some((above, Ok(_))) => {
+            let may = accessat(CWD, above, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS);
+            may.err().map(|error| format!("cannot be made: {} cannot be written ({error})", above.display()))
         }
-        Some(_) => None,
     }
 }

@@ -314,6 +314,11 @@ fn preflight_names_every_missing_path() {
     }
     config.trainer.run_dir = Some(at("runs/new"));
     assert_eq!(preflight(&config), Ok(()));
+
+    // Not even root makes folders there.
+    config.trainer.run_dir = Some("/proc/self/runs".into());
+    let told = preflight(&config).unwrap_err().to_string();
+    assert!(told.contains("trainer.run_dir=") && told.contains("/proc/self cannot be written"), "{told}");
 }
 
 proptest! {

@@ -20,8 +20,6 @@ pub mod trajectories;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Access, AtFlags};
-
 /// A file operation that failed, with the path and what was tried.
 #[derive(Debug, thiserror::Error)]
 #[error("could not {what} {}", path.display())]
@@ -68,29 +66,15 @@ pub(crate) fn sync_folder(folder: &Path) -> std::io::Result<()> {
 /// # Errors
 /// When the disk cannot be asked.
 pub fn free_bytes(path: &Path) -> Result<u64, StoreError> {
-    let there = nearest_existing(path);
+    let mut there = path;
+    while !there.exists() {
+        match there.parent().filter(|p| !p.as_os_str().is_empty()) {
+            Some(parent) => there = parent,
+            None => there = Path::new("."),
+        }
+    }
     let disk = rustix::fs::statvfs(there).map_err(|e| on("ask for the free space of", there)(e.into()))?;
     Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
-}
-
-/// Whether a folder that may not be there yet can be made and written, without touching the disk.
-///
-/// # Errors
-/// Names the nearest thing that exists when it is no folder, or one that this user may not write.
-pub fn check_writable(path: &Path) -> Result<(), StoreError> {
-    let there = nearest_existing(path);
-    if !there.is_dir() {
-        return Err(on("make a folder below", there)(std::io::ErrorKind::NotADirectory.into()));
-    }
-    let access = Access::WRITE_OK | Access::EXEC_OK;
-    rustix::fs::accessat(rustix::fs::CWD, there, access, AtFlags::EACCESS)
-        .map_err(|e| on("write in", there)(e.into()))
-}
-
-/// `path` itself, or the closest of its parents that exists.
-fn nearest_existing(path: &Path) -> &Path {
-    let existing = path.ancestors().find(|there| there.exists());
-    existing.unwrap_or(Path::new("."))
 }
 
 #[cfg(test)]
@@ -115,18 +99,5 @@ mod tests {
         let here = free_bytes(dir.path()).unwrap();
         let deep = free_bytes(&dir.path().join("a/b/c")).unwrap();
         assert!(here > 0 && deep > 0);
-    }
-
-    #[test]
-    fn a_folder_that_cannot_be_made_is_known_before_it_is_needed() {
-        let dir = tempfile::tempdir().unwrap();
-        check_writable(&dir.path().join("runs/p/e")).unwrap();
-        let file = dir.path().join("notes.txt");
-        std::fs::write(&file, "a file").unwrap();
-        let error = check_writable(&file.join("runs/p/e")).unwrap_err();
-        assert!(error.to_string().ends_with("notes.txt"), "{error}");
-        // Not even root makes folders here.
-        let error = check_writable(Path::new("/proc/self/runs")).unwrap_err();
-        assert!(error.to_string().contains("/proc/self"), "{error}");
     }
 }

@@ -197,14 +197,6 @@ impl<S: 'static> DeviceHandle<S> {
         Ok(AdmittedTurn { chain, answer, wishes })
     }
 
-    /// Samples one turn: [`Self::admit`], then [`AdmittedTurn::finish`].
-    ///
-    /// # Errors
-    /// Of both.
-    pub async fn generate(&self, request: TurnRequest) -> Result<Generation, DeviceError> {
-        self.admit(request).await?.finish().await
-    }
-
     /// Forgets a chain, at the device's next step.
     pub fn release(&self, chain: u64) {
         wish(&self.wishes, |wishes| wishes.released.push(chain));

@@ -3,7 +3,7 @@
 mod support;
 
 use agentfly_common::ids::PolicyVersion;
-use agentfly_common::sampling::{SamplingParams, StopReason};
+use agentfly_common::sampling::{Generation, SamplingParams, StopReason};
 use agentfly_policy::device::{Device, DeviceError, DeviceHandle};
 use agentfly_policy::engine::{Engine, EngineConfig, TurnRequest};
 use support::{model, text};
@@ -19,6 +19,11 @@ async fn start() -> DeviceHandle<Vec<u32>> {
     .expect("a tiny model starts")
 }
 
+/// Waits for a place, then for the turn's end.
+async fn generate(device: &DeviceHandle<Vec<u32>>, request: TurnRequest) -> Result<Generation, DeviceError> {
+    device.admit(request).await?.finish().await
+}
+
 fn turn(chain: u64, max_tokens: u32) -> TurnRequest {
     let sampling = SamplingParams { temperature: 1.0, top_p: 1.0, top_k: None, max_tokens, stop_ids: vec![] };
     TurnRequest { chain, group: None, new_tokens: text(5, chain as u32), sampling, seed: chain }
@@ -30,7 +35,7 @@ async fn chains_generate_side_by_side_and_calls_run_between_their_steps() {
     let many = futures_of((0..10).map(|chain| {
         let device = device.clone();
         async move {
-            let generation = device.generate(turn(chain, 20)).await;
+            let generation = generate(&device, turn(chain, 20)).await;
             device.release(chain);
             generation
         }
@@ -54,7 +59,7 @@ async fn chains_generate_side_by_side_and_calls_run_between_their_steps() {
 async fn what_is_released_is_gone_for_the_call_that_follows() {
     let device = start().await;
     for chain in 0..50 {
-        device.generate(turn(chain, 1)).await.unwrap();
+        generate(&device, turn(chain, 1)).await.unwrap();
         let held = |device: &mut Device<Vec<u32>>| device.engine.stats().chains;
         assert_eq!(device.call("looking", held).await.unwrap(), 1);
         device.release(chain); // the thread waits for its next message by now, most times
@@ -67,8 +72,8 @@ async fn what_is_released_is_gone_for_the_call_that_follows() {
 async fn a_dropped_turn_is_cancelled_and_its_chain_released() {
     let device = start().await;
     {
-        let endless = device.generate(turn(1, 1900));
-        let other = device.generate(turn(2, 3));
+        let endless = generate(&device, turn(1, 1900));
+        let other = generate(&device, turn(2, 3));
         tokio::select! {
             biased;
             _ = endless => panic!("1900 tokens were sampled before 3"),
@@ -77,7 +82,7 @@ async fn a_dropped_turn_is_cancelled_and_its_chain_released() {
     }
     device.release(1);
     device.release(2);
-    device.generate(turn(3, 2)).await.unwrap();
+    generate(&device, turn(3, 2)).await.unwrap();
     let stats = device.call("looking", |device| device.engine.stats()).await.unwrap();
     assert_eq!((stats.chains, stats.decoding, stats.slots_held), (1, 0, 1));
     assert!(stats.decode_tokens < 1900);
@@ -114,7 +119,7 @@ async fn a_turn_is_admitted_when_a_chain_lets_go_of_its_slot() {
 async fn a_turn_past_its_deadline_ends_with_what_it_has() {
     let device = start().await;
     let long = device.admit(turn(1, 1900)).await.unwrap();
-    let whole = device.generate(turn(2, 5)).await.unwrap();
+    let whole = generate(&device, turn(2, 5)).await.unwrap();
     let cut = long.until(tokio::time::Instant::now()).await.unwrap();
     assert!(cut.ids.len() >= 4 && cut.ids.len() < 1900, "{} tokens", cut.ids.len());
     assert_eq!((cut.stop, cut.policy_version), (StopReason::TimeLimit, PolicyVersion(2)));
@@ -130,17 +135,17 @@ async fn a_panic_is_the_callers_error_and_the_thread_lives_on() {
     let device = start().await;
     let error = device.call("dividing", |_| -> u32 { panic!("no {}", 7) }).await.unwrap_err();
     assert_eq!(error.to_string(), "dividing failed on the device thread: no 7");
-    let refused = device.generate(TurnRequest { new_tokens: vec![], ..turn(1, 3) }).await.unwrap_err();
+    let refused = generate(&device, TurnRequest { new_tokens: vec![], ..turn(1, 3) }).await.unwrap_err();
     assert!(matches!(refused, DeviceError::Engine(_)), "{refused}");
-    assert_eq!(device.generate(turn(2, 3)).await.unwrap().ids.len(), 3);
+    assert_eq!(generate(&device, turn(2, 3)).await.unwrap().ids.len(), 3);
 }
 
 #[tokio::test]
 async fn a_stopped_device_says_so() {
     let device = start().await;
-    let (ended, ()) = tokio::join!(device.generate(turn(1, 1900)), async { device.stop().await });
+    let (ended, ()) = tokio::join!(generate(&device, turn(1, 1900)), async { device.stop().await });
     assert!(matches!(ended, Err(DeviceError::Stopped { .. })), "{ended:?}");
-    let error = device.generate(turn(2, 1)).await.unwrap_err();
+    let error = generate(&device, turn(2, 1)).await.unwrap_err();
     assert_eq!(error.to_string(), "generating a turn: the device thread has stopped");
     assert!(device.call("looking", |_| ()).await.is_err());
     device.stop().await;
