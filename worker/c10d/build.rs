@@ -7,6 +7,18 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+/// Below `csrc/`.
+const SOURCES: [&str; 8] = [
+    "shim",
+    "ops",
+    "ops/linear",
+    "ops/few_rows",
+    "ops/pointwise",
+    "ops/attention",
+    "ops/attention_backward",
+    "ops/vocabulary",
+];
+
 fn main() -> ExitCode {
     match build() {
         Ok(()) => ExitCode::SUCCESS,
@@ -18,7 +30,7 @@ fn main() -> ExitCode {
 }
 
 fn build() -> Result<(), String> {
-    for path in ["csrc/shim.cpp", "csrc/shim.h", "csrc/gloo_decl"] {
+    for path in ["csrc"] {
         println!("cargo::rerun-if-changed={path}");
     }
     for variable in ["LIBTORCH", "LIBTORCH_INCLUDE", "AGENTFLY_CUDA_INCLUDE"] {
@@ -55,7 +67,10 @@ fn build() -> Result<(), String> {
         .include("csrc/gloo_decl")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
-        .file("csrc/shim.cpp");
+        // The operators' loops are written to be vectorised, whatever the profile.
+        .opt_level(3)
+        .flags(["-fopenmp", "-fno-math-errno", "-fno-trapping-math"])
+        .files(SOURCES.map(|name| format!("csrc/{name}.cpp")));
     if nccl {
         shim.define("AF_NCCL", None).define("USE_C10D_NCCL", None);
         for folder in cuda_includes(&root)? {
@@ -69,6 +84,8 @@ fn build() -> Result<(), String> {
     for library in libraries {
         println!("cargo::rustc-link-lib={library}");
     }
+    // libtorch's own threads: its OpenMP and this one's are one library by name.
+    println!("cargo::rustc-link-lib=gomp");
     Ok(())
 }
 

@@ -1,5 +1,7 @@
 #include "shim.h"
 
+#include "guard.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/ops/_fused_adamw.h>
@@ -44,31 +46,16 @@ int classify(const std::string& text, int otherwise) {
   return otherwise;
 }
 
-int fail(const std::string& text, int otherwise) {
+}  // namespace
+
+int af::fail(const std::string& text, int otherwise) {
   last_error = text;
   return classify(text, otherwise);
 }
 
-template <class F>
-int guarded(F&& body) noexcept {
-  try {
-    body();
-    return AF_OK;
-  } catch (const c10::DistNetworkError& e) {
-    return fail(e.what_without_backtrace(), AF_NETWORK);
-  } catch (const c10::DistStoreError& e) {
-    return fail(e.what_without_backtrace(), AF_STORE);
-  } catch (const c10::DistBackendError& e) {
-    return fail(e.what_without_backtrace(), AF_BACKEND);
-  } catch (const c10::Error& e) {
-    return fail(e.what_without_backtrace(), AF_OTHER);
-  } catch (const std::exception& e) {
-    return fail(e.what(), AF_OTHER);
-  } catch (...) {
-    last_error = "an exception that is not a std::exception";
-    return AF_OTHER;
-  }
-}
+namespace {
+
+using af::guarded;
 
 at::Tensor& as_tensor(void* tensor) { return *reinterpret_cast<at::Tensor*>(tensor); }
 

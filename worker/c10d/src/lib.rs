@@ -14,6 +14,7 @@ mod error;
 mod exit;
 mod ffi;
 mod group;
+pub mod ops;
 mod optim;
 mod precision;
 mod store;

@@ -24,7 +24,7 @@ fn turn(chain: u64, new_tokens: Vec<u32>, sampling: SamplingParams) -> TurnReque
 }
 
 fn engine(decoder: &Decoder, max_slots: usize) -> Engine {
-    let config = EngineConfig { max_slots, max_tokens_per_chain: 400, max_prefill_tokens: 128 };
+    let config = EngineConfig { max_slots, cache_tokens: 8192, max_tokens_per_chain: 400, max_prefill_tokens: 128 };
     Engine::new(config, decoder.config())
 }
 
@@ -133,7 +133,7 @@ fn what_else_is_batched_changes_nothing() {
             );
         }
         assert_eq!(engine.stats().chains, 0);
-        assert_eq!(engine.stats().slots_held, 0);
+        assert_eq!(engine.stats().cache_tokens_used, 0);
     }
 }
 

@@ -1,122 +1,122 @@
-//! The KV cache: one tensor, a row (slot) per chain.
+//! The KV cache: pages of [`PAGE_TOKENS`] tokens, all layers of a page together, counted by who uses them.
 //!
-//! What must stay true: positions beyond a chain's cached tokens hold finite numbers (they are masked, and a
-//! NaN would leak through the mask). A head's positions lie together: attention reads them 3 times as fast. It starts small and doubles up to its limits, so memory follows use.
+//! What must stay true: the cache never holds more pages than it was made for; a page that several chains use is
+//! written by none of them; what was never written holds zeros (attention multiplies it by probability 0, and a NaN
+//! would survive that). Memory of the operating system follows use: pages are handed out from the first.
 
+use agentfly_c10d::ops::{PAGE_TOKENS, page_numbers};
 use tch::{Device, Kind, Tensor};
 
-use crate::model::{LayerCache, ModelConfig, ModelError};
+use crate::model::{ModelConfig, ModelError};
 
-/// Positions a fresh cache has at least: growing by less is not worth the copy.
-const MIN_TOKENS: usize = 256;
+/// A page's number.
+pub(crate) type Page = usize;
 
 #[derive(Debug)]
-pub(crate) struct KvCache {
+pub(crate) struct PagePool {
     layers: i64,
     kv_heads: i64,
     head_dim: i64,
-    max_slots: usize,
-    max_tokens: usize,
-    slots: usize,
-    tokens: usize,
-    /// `[layers, 2, slots, kv_heads, tokens, head_dim]`; none until the first use and after `clear`.
+    capacity: usize,
+    /// `[capacity, layers, numbers]`; none until the first use and after `clear`.
     all: Option<Tensor>,
-    /// Views into `all`.
-    views: Vec<LayerCache>,
+    /// How many chains use each page that was ever handed out.
+    users: Vec<u32>,
+    free: Vec<Page>,
 }
 
-impl KvCache {
-    pub(crate) fn new(model: &ModelConfig, max_slots: usize, max_tokens: usize) -> Self {
+/// Pages that hold this many tokens.
+pub(crate) fn pages_for(tokens: usize) -> usize {
+    tokens.div_ceil(PAGE_TOKENS)
+}
+
+impl PagePool {
+    pub(crate) fn new(model: &ModelConfig, capacity: usize) -> Self {
         Self {
             layers: model.layers,
             kv_heads: model.kv_heads,
             head_dim: model.head_dim,
-            max_slots,
-            max_tokens,
-            slots: 0,
-            tokens: 0,
+            capacity,
             all: None,
-            views: Vec::new(),
+            users: Vec::new(),
+            free: Vec::new(),
         }
     }
 
-    pub(crate) fn layers(&self) -> &[LayerCache] {
-        &self.views
-    }
-
-    /// Where the first head of a slot's position lies, for [`Self::write_index`].
-    pub(crate) fn place(&self, slot: usize, position: usize) -> usize {
-        slot * self.kv_heads as usize * self.tokens + position
-    }
-
-    /// [`CacheStep::write`](crate::model::CacheStep::write) of some places `[N]`.
-    pub(crate) fn write_index(&self, places: &Tensor) -> Result<Tensor, ModelError> {
-        let heads = Tensor::f_arange(self.kv_heads, (Kind::Int64, places.device()))?;
-        let offsets = heads.f_mul_scalar(self.tokens as i64)?;
-        Ok(places.f_unsqueeze(1)?.f_add(&offsets)?.f_view([-1])?)
-    }
-
-    /// Makes room for this many slots of this many tokens, keeping what is cached.
-    pub(crate) fn ensure(
-        &mut self,
-        slots: usize,
-        tokens: usize,
-        kind: Kind,
-        device: Device,
-    ) -> Result<(), ModelError> {
-        if self.all.is_some() && slots <= self.slots && tokens <= self.tokens {
-            return Ok(());
-        }
-        let grown = |needed: usize, now: usize, most: usize| needed.max(now).next_power_of_two().min(most);
-        let slots = grown(slots, self.slots, self.max_slots);
-        let tokens = grown(tokens.max(MIN_TOKENS), self.tokens, self.max_tokens);
-        let shape = [self.layers, 2, slots as i64, self.kv_heads, tokens as i64, self.head_dim];
-        let all = Tensor::f_zeros(shape, (kind, device))?;
-        if let Some(old) = &self.all {
-            let (old_slots, old_tokens) = (self.slots as i64, self.tokens as i64);
-            all.f_narrow(2, 0, old_slots)?.f_narrow(4, 0, old_tokens)?.f_copy_(old)?;
-        }
-        let mut views = Vec::new();
-        for layer in 0..self.layers {
-            let pair = all.f_select(0, layer)?;
-            views.push(LayerCache { keys: pair.f_select(0, 0)?, values: pair.f_select(0, 1)? });
-        }
-        (self.slots, self.tokens, self.views, self.all) = (slots, tokens, views, Some(all));
-        Ok(())
-    }
-
-    /// Copies the first `tokens` positions of a slot over another's.
-    pub(crate) fn copy(&self, from: usize, to: usize, tokens: usize) -> Result<(), ModelError> {
-        if tokens > 0 {
-            self.part(to, tokens)?.f_copy_(&self.part(from, tokens)?)?;
-        }
-        Ok(())
-    }
-
-    /// Exchanges the first `tokens` positions of two slots.
-    pub(crate) fn swap(&self, a: usize, b: usize, tokens: usize) -> Result<(), ModelError> {
-        if tokens > 0 {
-            let in_a = self.part(a, tokens)?;
-            let mut kept = in_a.f_empty_like()?;
-            kept.f_copy_(&in_a)?;
-            self.copy(b, a, tokens)?;
-            self.part(b, tokens)?.f_copy_(&kept)?;
-        }
-        Ok(())
-    }
-
-    /// Gives the memory back; the next use allocates the same size at once.
-    pub(crate) fn clear(&mut self) {
-        self.views.clear();
-        self.all = None;
-    }
-
-    fn part(&self, slot: usize, tokens: usize) -> Result<Tensor, ModelError> {
-        let all = self.all.as_ref().ok_or_else(|| ModelError::Input {
+    /// The pages, for the model. None before [`Self::prepare`].
+    pub(crate) fn tensor(&self) -> Result<&Tensor, ModelError> {
+        self.all.as_ref().ok_or_else(|| ModelError::Input {
             what: "KV cache",
-            got: "nothing cached".to_owned(),
-            needed: format!("{tokens} tokens in slot {slot}"),
-        })?;
-        Ok(all.f_select(2, slot as i64)?.f_narrow(3, 0, tokens as i64)?)
+            got: "no memory for it yet".to_owned(),
+            needed: format!("{} pages", self.capacity),
+        })
+    }
+
+    /// Takes the memory, where that was not done yet.
+    pub(crate) fn prepare(&mut self, kind: Kind, device: Device) -> Result<(), ModelError> {
+        if self.all.is_none() {
+            let like = Tensor::f_zeros([1], (kind, device))?;
+            let numbers = self.kv_heads * page_numbers(&like, self.head_dim)?;
+            let shape = [self.capacity as i64, self.layers, numbers];
+            self.all = Some(Tensor::f_empty(shape, (kind, device))?);
+        }
+        Ok(())
+    }
+
+    /// Pages that can be had without taking one from a chain.
+    pub(crate) fn available(&self) -> usize {
+        self.free.len() + self.capacity - self.users.len()
+    }
+
+    /// Pages some chain uses.
+    pub(crate) fn used(&self) -> usize {
+        self.capacity - self.available()
+    }
+
+    /// A page of zeros with one user, or none when all are used.
+    pub(crate) fn take(&mut self) -> Result<Option<Page>, ModelError> {
+        let page = match self.free.pop() {
+            Some(page) => page,
+            None if self.users.len() < self.capacity => {
+                self.users.push(0);
+                self.users.len() - 1
+            }
+            None => return Ok(None),
+        };
+        self.users[page] = 1;
+        let _same = self.tensor()?.f_get(page as i64)?.f_zero_()?;
+        Ok(Some(page))
+    }
+
+    /// Counts one more user.
+    pub(crate) fn share(&mut self, page: Page) {
+        self.users[page] += 1;
+    }
+
+    /// Whether another chain uses the page, too.
+    pub(crate) fn is_shared(&self, page: Page) -> bool {
+        self.users[page] > 1
+    }
+
+    /// Counts one user less.
+    pub(crate) fn give_back(&mut self, page: Page) {
+        self.users[page] -= 1;
+        if self.users[page] == 0 {
+            self.free.push(page);
+        }
+    }
+
+    /// Copies a page's content.
+    pub(crate) fn copy(&self, from: Page, to: Page) -> Result<(), ModelError> {
+        let all = self.tensor()?;
+        all.f_get(to as i64)?.f_copy_(&all.f_get(from as i64)?)?;
+        Ok(())
+    }
+
+    /// Gives the memory back. Nobody may use a page any more.
+    pub(crate) fn clear(&mut self) {
+        self.users.clear();
+        self.free.clear();
+        self.all = None;
     }
 }

@@ -5,29 +5,31 @@ use agentfly_common::sampling::{Generation, SamplingParams, StopReason};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::cache::Page;
+
 /// One chain's tokens and where its cache is.
 #[derive(Debug)]
 pub(crate) struct Chain {
     pub(crate) group: Option<u64>,
     /// Everything said so far: prompt, sampled tokens, observations.
     pub(crate) tokens: Vec<u32>,
-    /// How many of them have their keys and values in the slot; fewer than all of them.
+    /// How many of them have their keys and values cached; fewer than all of them.
     pub(crate) cached: usize,
-    pub(crate) slot: Option<usize>,
+    /// Where those are, in order; enough for them, maybe some more.
+    pub(crate) pages: Vec<Page>,
     pub(crate) turn: Option<Turn>,
-    /// Order of arrival: the youngest idle chain is the first to lose its slot.
+    /// Order of arrival: the youngest chain is the first to lose its pages.
     pub(crate) born: u64,
 }
 
 impl Chain {
     pub(crate) fn new(group: Option<u64>, born: u64) -> Self {
-        Self { group, tokens: Vec::new(), cached: 0, slot: None, turn: None, born }
+        Self { group, tokens: Vec::new(), cached: 0, pages: Vec::new(), turn: None, born }
     }
 
-    /// Tokens that prefill must still compute; the last token is computed by the decode pass that samples
-    /// from it.
-    pub(crate) fn to_prefill(&self) -> usize {
-        self.tokens.len() - 1 - self.cached
+    /// Tokens that must still go through the model; a token is sampled after the last of them.
+    pub(crate) fn to_compute(&self) -> usize {
+        self.tokens.len() - self.cached
     }
 }
 

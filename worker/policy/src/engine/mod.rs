@@ -3,10 +3,13 @@
 //! Lives on the device thread, which calls [`Engine::step`] while there is work. A chain submits one turn at a
 //! time; while its tool runs its keys and values stay cached, so the next turn computes only what is new.
 //!
+//! One step computes, in one pass without padding, the next tokens of every chain that has a turn: all that a new
+//! prompt or observation added, as far as the budget goes, and the last sampled token of the others.
+//!
 //! What must stay true:
 //! - a turn's tokens depend on its chain's tokens, its seed and the weights, never on what else is batched;
 //! - a chain's tokens are kept until [`Engine::release`], so losing its cache costs time, never the chain;
-//! - running out of slots or of window is a wait or a [`StopReason::Length`], never an error.
+//! - running out of slots, cache or window is a wait or a [`StopReason::Length`], never an error.
 
 mod batch;
 mod cache;
@@ -16,21 +19,24 @@ mod schedule;
 
 use std::collections::{BTreeMap, VecDeque};
 
+use agentfly_c10d::ops::PAGE_TOKENS;
 use agentfly_common::ids::PolicyVersion;
 use agentfly_common::sampling::{Generation, SamplingParams, StopReason};
 
 use crate::model::{Decoder, ModelConfig, ModelError};
-use cache::KvCache;
+use cache::{PagePool, pages_for};
 use chain::{Chain, Turn};
 
 /// How much the engine may hold at a time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineConfig {
-    /// Chains whose keys and values are cached at a time, and so the largest decode batch.
+    /// Chains that generate at a time, and so the largest decode batch.
     pub max_slots: usize,
+    /// Tokens whose keys and values are cached at a time, over all chains; at least one chain's window is.
+    pub cache_tokens: usize,
     /// The window: tokens of a chain, prompt and observations included.
     pub max_tokens_per_chain: usize,
-    /// Tokens, padding included, of one prefill pass; longer prompts take several, with decoding between.
+    /// Tokens that a step computes beside one for each decoding chain; longer prompts take several steps.
     pub max_prefill_tokens: usize,
 }
 
@@ -54,22 +60,26 @@ pub struct TurnRequest {
 pub struct EngineStats {
     /// Chains not yet released.
     pub chains: usize,
-    /// Chains in the decode batch.
+    /// Turns that sample a token a step.
     pub decoding: usize,
-    /// Turns that wait for a slot or for prefill.
+    /// Turns that wait for a slot or are not yet prefilled.
     pub waiting: usize,
-    /// Slots held by chains, decoding or idle.
-    pub slots_held: usize,
+    /// Tokens that the cache could hold.
+    pub cache_tokens: usize,
+    /// Of these, those in pages that a chain uses.
+    pub cache_tokens_used: usize,
     /// Calls of [`Engine::step`] that computed something.
     pub steps: u64,
     /// Tokens whose keys and values were computed by prefill.
     pub prefill_tokens: u64,
-    /// Tokens whose keys and values were copied from a chain of the same group instead.
+    /// Tokens whose keys and values were shared by a chain of the same group instead.
     pub shared_tokens: u64,
     /// Tokens sampled.
     pub decode_tokens: u64,
-    /// Idle chains that lost their cache to a waiting one.
+    /// Idle chains that lost their cache to another.
     pub evictions: u64,
+    /// Running chains that were paused and lost theirs, to be prefilled again.
+    pub preemptions: u64,
 }
 
 /// A turn that was refused or failed.
@@ -145,14 +155,13 @@ pub struct Engine {
     config: EngineConfig,
     vocab: i64,
     chains: BTreeMap<u64, Chain>,
-    /// The chain in each slot; the first `decoding` of them are the decode batch.
-    slots: Vec<Option<u64>>,
-    decoding: usize,
-    /// Turns not yet decoding, first come first.
+    /// Chains with a turn and a slot, first come first.
+    active: Vec<u64>,
+    /// Chains with a turn that wait for a slot, first come first.
     queue: VecDeque<u64>,
     /// Turns that ended outside a computation; the version is filled in when they are reported.
     ended: Vec<TurnResult>,
-    cache: KvCache,
+    cache: PagePool,
     born: u64,
     stats: EngineStats,
 }
@@ -161,19 +170,21 @@ impl Engine {
     /// An engine for models of this shape; each limit of `config` counts as at least 1.
     #[must_use]
     pub fn new(config: EngineConfig, model: &ModelConfig) -> Self {
+        let window = config.max_tokens_per_chain.max(1);
+        let pages = (config.cache_tokens / PAGE_TOKENS).max(pages_for(window));
         let config = EngineConfig {
             max_slots: config.max_slots.max(1),
-            max_tokens_per_chain: config.max_tokens_per_chain.max(1),
+            cache_tokens: pages * PAGE_TOKENS,
+            max_tokens_per_chain: window,
             max_prefill_tokens: config.max_prefill_tokens.max(1),
         };
         Self {
             vocab: model.vocab,
             chains: BTreeMap::new(),
-            slots: vec![None; config.max_slots],
-            decoding: 0,
+            active: Vec::new(),
             queue: VecDeque::new(),
             ended: Vec::new(),
-            cache: KvCache::new(model, config.max_slots, config.max_tokens_per_chain),
+            cache: PagePool::new(model, pages),
             born: 0,
             stats: EngineStats::default(),
             config,
@@ -225,7 +236,7 @@ impl Engine {
                 generation.policy_version = version;
             }
         }
-        if self.queue.is_empty() && self.decoding == 0 {
+        if self.queue.is_empty() && self.active.is_empty() {
             return Ok(ended);
         }
         let computed = self.round(decoder, version);
@@ -241,20 +252,19 @@ impl Engine {
     }
 
     fn round(&mut self, decoder: &Decoder, version: PolicyVersion) -> Result<Vec<TurnResult>, EngineError> {
+        self.cache.prepare(decoder.kind(), decoder.device())?;
         self.admit();
-        self.prefill(decoder)?;
-        self.promote()?;
-        self.decode(decoder, version)
+        let batch = self.plan()?;
+        self.compute(decoder, &batch, version)
     }
 
     /// Ends a chain's turn, if it has one, without a result; its tokens so far stay.
     pub fn cancel(&mut self, chain: u64) {
-        self.queue.retain(|&id| id != chain);
         self.ended.retain(|(id, _)| *id != chain);
         if let Some(state) = self.chains.get_mut(&chain) {
             state.turn = None;
-            self.retire(chain);
         }
+        self.leave(chain);
     }
 
     /// Ends a chain's turn, if it has one, with what it has sampled so far, maybe nothing;
@@ -263,58 +273,51 @@ impl Engine {
         let Some(turn) = self.chains.get_mut(&chain).and_then(|state| state.turn.take()) else {
             return;
         };
-        self.queue.retain(|&id| id != chain);
-        self.retire(chain);
+        self.leave(chain);
         self.ended.push((chain, Ok(turn.finish(StopReason::TimeLimit, PolicyVersion::default()))));
     }
 
-    /// Whether the chain holds a slot: its turn, if it has one, waits for no other chain's end.
+    /// Whether the chain's turn has a slot, or it has none and its cache is there: it waits for no other chain's end.
     #[must_use]
     pub fn is_admitted(&self, chain: u64) -> bool {
-        self.slot_of(chain).is_some()
+        self.active.contains(&chain)
+            || self.chains.get(&chain).is_some_and(|c| c.turn.is_none() && !c.pages.is_empty())
     }
 
-    /// Forgets a chain and frees its slot.
+    /// Forgets a chain and frees its cache.
     pub fn release(&mut self, chain: u64) {
         self.cancel(chain);
-        if let Some(slot) = self.chains.remove(&chain).and_then(|state| state.slot) {
-            self.slots[slot] = None;
-        }
+        self.drop_cache(chain);
+        self.chains.remove(&chain);
     }
 
     /// Whether [`Self::step`] has anything to do.
     #[must_use]
     pub fn has_work(&self) -> bool {
-        !self.ended.is_empty() || !self.queue.is_empty() || self.decoding > 0
+        !self.ended.is_empty() || !self.queue.is_empty() || !self.active.is_empty()
     }
 
     /// Drops every cached key and value, and their memory: call it when the weights have changed. Running
     /// turns go on under the new weights, from their tokens.
     pub fn forget_weights(&mut self) {
-        for slot in (0..self.slots.len()).rev() {
-            let Some(id) = self.slots[slot].take() else {
-                continue;
-            };
-            if slot < self.decoding {
-                self.queue.push_front(id);
-            }
-            if let Some(chain) = self.chains.get_mut(&id) {
-                chain.slot = None;
-                chain.cached = 0;
-            }
+        for chain in self.chains.values_mut() {
+            chain.pages.clear();
+            chain.cached = 0;
         }
-        self.decoding = 0;
         self.cache.clear();
     }
 
     /// Counters and levels.
     #[must_use]
     pub fn stats(&self) -> EngineStats {
+        let ready = |id: &&u64| self.chains.get(id).is_some_and(|c| c.to_compute() == 1);
+        let decoding = self.active.iter().filter(ready).count();
         EngineStats {
             chains: self.chains.len(),
-            decoding: self.decoding,
-            waiting: self.queue.len(),
-            slots_held: self.slots.iter().flatten().count(),
+            decoding,
+            waiting: self.queue.len() + self.active.len() - decoding,
+            cache_tokens: self.config.cache_tokens,
+            cache_tokens_used: self.cache.used() * PAGE_TOKENS,
             ..self.stats
         }
     }

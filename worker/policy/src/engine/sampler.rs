@@ -5,13 +5,39 @@
 //! temperature 0 of the untempered one). Top-k cuts first and top-p counts mass within what it left, as vLLM
 //! does.
 
+use agentfly_c10d::ops::{self, Draw};
 use agentfly_common::sampling::SamplingParams;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::model::ModelError;
 
+/// How a row of logits is drawn.
+#[derive(Debug)]
+pub(crate) struct Row {
+    pub(crate) sampling: SamplingParams,
+    /// In (0, 1].
+    pub(crate) uniform: f64,
+}
+
+/// A token and its log-prob for each row of logits `[B, vocab]` f32: on the CPU by one pass over each row, on a GPU by
+/// libtorch's operators over all rows at once.
+pub(crate) fn sample(logits: &Tensor, rows: &[Row]) -> Result<Vec<(u32, f32)>, ModelError> {
+    let vocab = logits.size()[1];
+    if logits.device() != Device::Cpu {
+        return on_device(logits, rows);
+    }
+    let draw = |row: &Row| Draw {
+        temperature: row.sampling.temperature,
+        top_p: row.sampling.top_p,
+        top_k: row.sampling.top_k.map_or(vocab, |k| i64::from(k).min(vocab)),
+        uniform: row.uniform,
+    };
+    let (tokens, log_probs) = ops::sample(logits, &rows.iter().map(draw).collect::<Vec<_>>())?;
+    Ok(tokens.into_iter().map(|id| id as u32).zip(log_probs).collect())
+}
+
 /// Sampling parameters of B rows, on the device; `[B]` f32 each.
-pub(crate) struct RowParams {
+struct RowParams {
     /// What logits are divided by: the temperature, or 1 for greedy rows.
     divisor: Tensor,
     top_p: Tensor,
@@ -22,26 +48,9 @@ pub(crate) struct RowParams {
     greedy: Tensor,
 }
 
-impl RowParams {
-    /// Numbers a row.
-    pub(crate) const COUNT: usize = 5;
-
-    /// From `[COUNT, B]` f64, the rows as [`Plan::add`] returns them.
-    pub(crate) fn from_rows(rows: &Tensor) -> Result<Self, ModelError> {
-        let row = |i: i64| -> Result<Tensor, ModelError> { Ok(rows.f_select(0, i)?.f_to_kind(Kind::Float)?) };
-        Ok(Self {
-            divisor: row(0)?,
-            top_p: row(1)?,
-            top_k: row(2)?,
-            uniform: row(3)?,
-            greedy: row(4)?.f_to_kind(Kind::Bool)?,
-        })
-    }
-}
-
 /// What a batch needs computed, known on the host.
 #[derive(Debug, Default)]
-pub(crate) struct Plan {
+struct Plan {
     any_sampled: bool,
     /// Rows with top-k or top-p: only these are sorted.
     restricted: Vec<i64>,
@@ -49,39 +58,50 @@ pub(crate) struct Plan {
     widest: i64,
 }
 
-impl Plan {
-    /// Notes a row's parameters; returns its numbers for [`RowParams`].
-    pub(crate) fn add(
-        &mut self,
-        row: usize,
-        sampling: &SamplingParams,
-        uniform: f64,
-        vocab: i64,
-    ) -> [f64; RowParams::COUNT] {
-        let greedy = sampling.temperature == 0.0;
-        let top_k = sampling.top_k.map_or(vocab, |k| i64::from(k).min(vocab));
-        if !greedy {
-            self.any_sampled = true;
-            if top_k < vocab || sampling.top_p < 1.0 {
-                self.restricted.push(row as i64);
-                self.widest = self.widest.max(top_k);
+impl RowParams {
+    fn new(rows: &[Row], vocab: i64, device: Device) -> Result<(Self, Plan), ModelError> {
+        let (mut plan, mut host) = (Plan::default(), Vec::new());
+        for (i, row) in rows.iter().enumerate() {
+            let SamplingParams { temperature, top_p, top_k, .. } = row.sampling;
+            let greedy = temperature == 0.0;
+            let top_k = top_k.map_or(vocab, |k| i64::from(k).min(vocab));
+            if !greedy {
+                plan.any_sampled = true;
+                if top_k < vocab || top_p < 1.0 {
+                    plan.restricted.push(i as i64);
+                    plan.widest = plan.widest.max(top_k);
+                }
             }
+            let divisor = if greedy { 1.0 } else { temperature };
+            host.extend([divisor, top_p, top_k as f64, row.uniform, f64::from(u8::from(greedy))]);
         }
-        let divisor = if greedy { 1.0 } else { sampling.temperature };
-        [divisor, sampling.top_p, top_k as f64, uniform, f64::from(u8::from(greedy))]
+        let all = Tensor::f_from_slice(&host)?.f_view([rows.len() as i64, 5])?.f_to_device(device)?;
+        let column = |i: i64| -> Result<Tensor, ModelError> { Ok(all.f_select(1, i)?.f_to_kind(Kind::Float)?) };
+        let params = Self {
+            divisor: column(0)?,
+            top_p: column(1)?,
+            top_k: column(2)?,
+            uniform: column(3)?,
+            greedy: column(4)?.f_to_kind(Kind::Bool)?,
+        };
+        Ok((params, plan))
     }
 }
 
-/// Token ids and their log-probs, `[2, B]` f64, from logits `[B, vocab]` f32.
-pub(crate) fn sample(logits: &Tensor, params: &RowParams, plan: &Plan) -> Result<Tensor, ModelError> {
+fn on_device(logits: &Tensor, rows: &[Row]) -> Result<Vec<(u32, f32)>, ModelError> {
+    let (params, plan) = RowParams::new(rows, logits.size()[1], logits.device())?;
     let log_probs = logits.f_div(&params.divisor.f_unsqueeze(1)?)?.f_log_softmax(-1, Kind::Float)?;
     let mut tokens = log_probs.f_argmax(-1, false)?;
     if plan.any_sampled {
-        let drawn = draw(&log_probs, params, plan)?;
+        let drawn = draw(&log_probs, &params, &plan)?;
         tokens = tokens.f_where_self(&params.greedy, &drawn)?;
     }
     let chosen = log_probs.f_gather(1, &tokens.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?;
-    Ok(Tensor::f_stack(&[tokens.f_to_kind(Kind::Double)?, chosen.f_to_kind(Kind::Double)?], 0)?)
+    let both = Tensor::f_stack(&[tokens.f_to_kind(Kind::Double)?, chosen.f_to_kind(Kind::Double)?], 0)?;
+    let n = rows.len();
+    let mut values = vec![0_f64; 2 * n];
+    both.f_to_device(Device::Cpu)?.f_contiguous()?.f_copy_data(&mut values, 2 * n)?;
+    Ok((0..n).map(|i| (values[i] as u32, values[n + i] as f32)).collect())
 }
 
 fn draw(log_probs: &Tensor, params: &RowParams, plan: &Plan) -> Result<Tensor, ModelError> {

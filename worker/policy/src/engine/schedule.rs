@@ -1,200 +1,182 @@
-//! Who gets a slot, who is prefilled, who decodes.
+//! Who gets a slot, which tokens a step computes, and who loses its pages when the cache is full.
 //!
-//! What must stay true: the decode batch is the first slots, so that the cache is read in place; a chain in
-//! the queue that has a slot keeps it until its turn ends; chains get slots in the order they came.
+//! What must stay true: chains get slots in the order they came; a chain only ever takes pages from idle chains and
+//! from younger ones, so the oldest always goes on and none waits for ever; tokens are computed in order.
 
-use crate::model::{Decoder, ModelError};
+use agentfly_c10d::ops::PAGE_TOKENS;
 
-use super::{Engine, EngineError};
+use crate::model::ModelError;
 
-/// A stretch of one chain's tokens to prefill.
+use super::Engine;
+use super::cache::pages_for;
+
+/// A stretch of one chain's tokens to compute.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Stretch {
     pub(crate) chain: u64,
-    pub(crate) slot: usize,
     pub(crate) start: usize,
     pub(crate) count: usize,
+    /// Whether it reaches the chain's last token, so that a token is sampled.
+    pub(crate) samples: bool,
 }
 
 impl Engine {
-    /// Gives slots to waiting chains: free ones, then those of idle chains, the youngest first.
+    /// Gives slots to waiting chains while there are slots, and cache for all of a chain's tokens.
     pub(super) fn admit(&mut self) {
-        let waiting: Vec<u64> = self.queue.iter().copied().filter(|id| self.slot_of(*id).is_none()).collect();
-        for id in waiting {
-            let free = self.slots.iter().position(Option::is_none);
-            let Some(slot) = free.or_else(|| self.evict()) else {
+        while self.active.len() < self.config.max_slots {
+            let Some(&id) = self.queue.front() else { return };
+            let needed = self.chains.get(&id).map_or(0, |c| pages_for(c.tokens.len() + 1) - c.pages.len());
+            let idle = self.chains.values().filter(|c| c.turn.is_none()).map(|c| c.pages.len());
+            let may_come = self.cache.available() + idle.sum::<usize>();
+            // Alone it gets what it needs, whoever has it now.
+            if needed > may_come && !self.active.is_empty() {
                 return;
-            };
-            self.slots[slot] = Some(id);
-            if let Some(chain) = self.chains.get_mut(&id) {
-                chain.slot = Some(slot);
             }
+            self.queue.pop_front();
+            self.active.push(id);
         }
     }
 
-    /// Takes the slot of the youngest idle chain.
-    fn evict(&mut self) -> Option<usize> {
-        let idle = self.chains.values_mut().filter(|c| c.turn.is_none() && c.slot.is_some());
-        let victim = idle.max_by_key(|c| c.born)?;
-        let slot = victim.slot.take()?;
-        victim.cached = 0;
-        self.slots[slot] = None;
-        self.stats.evictions += 1;
-        Some(slot)
-    }
-
-    /// Computes keys and values of one batch of waiting chains' tokens, up to but not including each chain's
-    /// last.
-    pub(super) fn prefill(&mut self, decoder: &Decoder) -> Result<(), EngineError> {
-        let longest = self.queue.iter().filter_map(|id| self.chains.get(id)).filter(|c| c.slot.is_some());
-        let Some(tokens) = longest.map(|c| c.tokens.len()).max() else {
-            return Ok(());
-        };
-        self.cache.ensure(self.slots_spanned(), tokens, decoder.kind(), decoder.device())?;
-        let batch = self.plan_prefill()?;
-        if batch.is_empty() {
-            return Ok(());
-        }
-        self.prefill_pass(decoder, &batch)?;
-        for stretch in &batch {
-            if let Some(chain) = self.chains.get_mut(&stretch.chain) {
-                chain.cached = stretch.start + stretch.count;
-            }
-            self.stats.prefill_tokens += stretch.count as u64;
-        }
-        Ok(())
-    }
-
-    /// The next stretches in queue order, as many as fit `max_prefill_tokens` with padding. Prefixes that a
-    /// chain of the group has cached are copied on the way; a chain whose prefix a group mate is about to
-    /// compute waits for it.
-    fn plan_prefill(&mut self) -> Result<Vec<Stretch>, ModelError> {
-        let (budget, mut batch, mut longest) = (self.config.max_prefill_tokens, Vec::new(), 0);
-        let queue: Vec<u64> = self.queue.iter().copied().collect();
-        for (place, &id) in queue.iter().enumerate() {
-            if !self.share_prefix(id, &queue[..place])? {
+    /// The next step's stretches, with their pages. Prefixes that a chain of the group has cached are shared on the
+    /// way; a chain whose prefix a group mate is about to compute waits for it.
+    pub(super) fn plan(&mut self) -> Result<Vec<Stretch>, ModelError> {
+        let (mut budget, mut batch) = (self.config.max_prefill_tokens, Vec::<Stretch>::new());
+        for (place, id) in self.active.clone().into_iter().enumerate() {
+            if !self.active.contains(&id) || !self.share_prefix(id, place) {
                 continue;
             }
-            let Some(chain) = self.chains.get(&id) else {
-                continue;
-            };
-            let Some(slot) = chain.slot else { continue };
-            let count = chain.to_prefill().min(budget);
+            let Some(chain) = self.chains.get(&id) else { continue };
+            let (start, left) = (chain.cached, chain.to_compute());
+            let count = if left == 1 { 1 } else { left.min(budget) };
             if count == 0 {
                 continue;
             }
-            let padded = longest.max(count) * (batch.len() + 1);
-            if padded > budget && !batch.is_empty() {
-                break;
+            if !self.reserve(id, start, start + count)? {
+                self.pause(id);
+                continue;
             }
-            longest = longest.max(count);
-            batch.push(Stretch { chain: id, slot, start: chain.cached, count });
+            if left > 1 {
+                budget -= count;
+            }
+            batch.push(Stretch { chain: id, start, count, samples: count == left });
         }
+        // A chain later in the order may have taken the pages of one that was planned before it.
+        batch.retain(|stretch| self.active.contains(&stretch.chain));
         Ok(batch)
     }
 
-    /// Copies the longest prefix that a chain of the same group has cached. False when a chain ahead in the
-    /// queue will have cached more of it soon, and waiting is the better choice.
-    fn share_prefix(&mut self, id: u64, ahead: &[u64]) -> Result<bool, ModelError> {
-        let Some(chain) = self.chains.get(&id) else {
-            return Ok(false);
-        };
-        let (Some(group), Some(slot)) = (chain.group, chain.slot) else {
-            return Ok(true);
-        };
+    /// Shares the longest prefix that a chain of the same group has cached. False when a chain ahead of it will have
+    /// cached more of it soon, and waiting is the better choice.
+    fn share_prefix(&mut self, id: u64, place: usize) -> bool {
+        let Some(chain) = self.chains.get(&id) else { return false };
+        let Some(group) = chain.group else { return true };
         let wanted = chain.tokens.len() - 1;
+        if wanted <= chain.cached {
+            return true;
+        }
         let (mut donor, mut now, mut soon) = (None, chain.cached, chain.cached);
         for (&mate_id, mate) in &self.chains {
-            let Some(mate_slot) = mate.slot.filter(|_| mate.group == Some(group) && mate_id != id) else {
+            if mate.group != Some(group) || mate_id == id {
                 continue;
-            };
-            if wanted <= chain.cached || (mate.cached <= now && mate.to_prefill() == 0) {
+            }
+            let ahead = self.active[..place.min(self.active.len())].contains(&mate_id);
+            if mate.cached <= now && !ahead {
                 continue;
             }
             let common = common_prefix(&mate.tokens, &chain.tokens).min(wanted);
             if common.min(mate.cached) > now {
                 now = common.min(mate.cached);
-                donor = Some(mate_slot);
+                donor = Some(mate_id);
             }
-            if ahead.contains(&mate_id) {
-                soon = soon.max(common.min(mate.tokens.len() - 1));
+            if ahead {
+                soon = soon.max(common);
             }
         }
         if soon > now {
-            return Ok(false);
+            return false;
         }
-        if let Some(donor) = donor {
-            self.cache.copy(donor, slot, now)?;
+        if let Some(pages) = donor.and_then(|donor| self.chains.get(&donor)).map(|mate| mate.pages.clone()) {
             self.stats.shared_tokens += (now - chain.cached) as u64;
+            self.drop_cache(id);
+            let shared = &pages[..pages_for(now)];
+            shared.iter().for_each(|&page| self.cache.share(page));
             if let Some(chain) = self.chains.get_mut(&id) {
+                chain.pages = shared.to_vec();
                 chain.cached = now;
+            }
+        }
+        true
+    }
+
+    /// Pages of its own for a chain's tokens `from..to`. False when they are not to be had: other chains are older.
+    fn reserve(&mut self, id: u64, from: usize, to: usize) -> Result<bool, ModelError> {
+        for place in from / PAGE_TOKENS..pages_for(to) {
+            let held = self.chains.get(&id).and_then(|c| c.pages.get(place).copied());
+            if held.is_some_and(|page| !self.cache.is_shared(page)) {
+                continue;
+            }
+            let Some(page) = self.take_page(id)? else { return Ok(false) };
+            // The mate may have been paused for it: then the page is this chain's alone already.
+            if let Some(shared) = held {
+                self.cache.copy(shared, page)?;
+                self.cache.give_back(shared);
+            }
+            if let Some(chain) = self.chains.get_mut(&id) {
+                match held {
+                    Some(_) => chain.pages[place] = page,
+                    None => chain.pages.push(page),
+                }
             }
         }
         Ok(true)
     }
 
-    /// Moves chains whose prefill is complete into the decode batch.
-    pub(super) fn promote(&mut self) -> Result<(), EngineError> {
-        let ready: Vec<(u64, usize)> = self
-            .queue
-            .iter()
-            .filter_map(|id| {
-                self.chains.get(id).filter(|c| c.to_prefill() == 0).and_then(|c| Some((*id, c.slot?)))
-            })
-            .collect();
-        for (id, _) in ready {
-            // Read anew: an earlier exchange may have moved it.
-            let Some(slot) = self.slot_of(id) else { continue };
-            self.exchange(slot, self.decoding)?;
-            self.decoding += 1;
-            self.queue.retain(|&queued| queued != id);
+    /// A page: a free one, else from the youngest idle chain, else from the youngest running one that is younger.
+    fn take_page(&mut self, id: u64) -> Result<Option<usize>, ModelError> {
+        let born = self.chains.get(&id).map_or(0, |c| c.born);
+        loop {
+            if let Some(page) = self.cache.take()? {
+                return Ok(Some(page));
+            }
+            let holders = self.chains.iter().filter(|(_, c)| !c.pages.is_empty());
+            let idle = holders.clone().filter(|(other, c)| c.turn.is_none() && **other != id);
+            if let Some(victim) = idle.max_by_key(|(_, c)| c.born).map(|(id, _)| *id) {
+                self.drop_cache(victim);
+                self.stats.evictions += 1;
+                continue;
+            }
+            let younger = holders.filter(|(_, c)| c.turn.is_some() && c.born > born);
+            let Some(victim) = younger.max_by_key(|(_, c)| c.born).map(|(id, _)| *id) else {
+                return Ok(None);
+            };
+            self.pause(victim);
         }
-        Ok(())
     }
 
-    /// Takes a chain out of the decode batch; it keeps its cache. Should the copy fail, every
-    /// cache is dropped: chains go on from their tokens.
-    pub(super) fn retire(&mut self, id: u64) {
-        let Some(slot) = self.slot_of(id).filter(|&slot| slot < self.decoding) else {
-            return;
-        };
-        let last = self.decoding - 1;
-        if self.exchange(slot, last).is_err() {
-            self.forget_weights();
-            self.queue.retain(|&queued| queued != id);
-            return;
+    /// Takes a running chain's slot and cache; it is first in the queue for both.
+    fn pause(&mut self, id: u64) {
+        self.drop_cache(id);
+        if let Some(place) = self.active.iter().position(|other| *other == id) {
+            self.active.remove(place);
+            self.queue.push_front(id);
+            self.stats.preemptions += 1;
         }
-        self.decoding = last;
     }
 
-    /// Exchanges what two slots hold.
-    fn exchange(&mut self, a: usize, b: usize) -> Result<(), ModelError> {
-        if a == b {
-            return Ok(());
-        }
-        let held = |slot: usize| self.slots[slot].and_then(|id| self.chains.get(&id)).map_or(0, |c| c.cached);
-        let (in_a, in_b) = (held(a), held(b));
-        match (in_a, in_b) {
-            (0, tokens) => self.cache.copy(b, a, tokens)?,
-            (tokens, 0) => self.cache.copy(a, b, tokens)?,
-            _ => self.cache.swap(a, b, in_a.max(in_b))?,
-        }
-        self.slots.swap(a, b);
-        for slot in [a, b] {
-            if let Some(chain) = self.slots[slot].and_then(|id| self.chains.get_mut(&id)) {
-                chain.slot = Some(slot);
+    /// Frees a chain's pages.
+    pub(super) fn drop_cache(&mut self, id: u64) {
+        if let Some(chain) = self.chains.get_mut(&id) {
+            chain.cached = 0;
+            for page in std::mem::take(&mut chain.pages) {
+                self.cache.give_back(page);
             }
         }
-        Ok(())
     }
 
-    pub(super) fn slot_of(&self, id: u64) -> Option<usize> {
-        self.chains.get(&id).and_then(|chain| chain.slot)
-    }
-
-    /// Slots from the first to the last that is held.
-    fn slots_spanned(&self) -> usize {
-        self.slots.iter().rposition(Option::is_some).map_or(0, |last| last + 1)
+    /// Frees the slot of a chain whose turn is over, or its place in the queue; it keeps its cache.
+    pub(super) fn leave(&mut self, id: u64) {
+        self.active.retain(|other| *other != id);
+        self.queue.retain(|other| *other != id);
     }
 }
 

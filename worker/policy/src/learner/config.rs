@@ -12,8 +12,7 @@ use super::schedule::{LrSchedule, Schedule};
 pub enum MicroBatchLimit {
     /// This many rows (`ppo_micro_batch_size_per_gpu`).
     Rows(usize),
-    /// As many rows as hold this many tokens, padding included (`ppo_max_token_len_per_gpu`); a longer row goes
-    /// alone.
+    /// As many rows as hold this many tokens (`ppo_max_token_len_per_gpu`); a longer row goes alone.
     Tokens(usize),
 }
 
@@ -64,6 +63,9 @@ pub struct LearnerConfig {
     pub ppo_epochs: u32,
     /// Rows at a time.
     pub micro_batch: MicroBatchLimit,
+    /// Whether each block is computed a second time on the way back instead of keeping its activations
+    /// (`model.enable_gradient_checkpointing`): less memory, a third more work.
+    pub recompute: bool,
     /// The temperature of the rollout, by which logits are divided.
     pub temperature: f64,
     /// Updates in a row that may be skipped for a gradient that is not finite.
@@ -95,6 +97,7 @@ impl Default for LearnerConfig {
             kl_loss_type: KlEstimator { base: KlBase::K3, straight_through: false },
             ppo_epochs: 1,
             micro_batch: MicroBatchLimit::Tokens(4096),
+            recompute: false,
             temperature: 1.0,
             max_grad_skips: 10,
         }

@@ -1,32 +1,35 @@
-//! Through the model and back with the head in pieces: the `[tokens, vocab]` logits, by far the largest tensor
-//! of training, never exist whole.
+//! Through the model and back: rows packed without padding, the head in pieces. The `[tokens, vocab]` logits, by far
+//! the largest tensor of training, never exist whole.
 //!
-//! Backward runs in two parts that meet at the hidden states. Each piece of the head runs its own loss back to
-//! a detached copy of its hidden states; what has gathered there then runs back through the blocks at once.
+//! Backward meets itself at the hidden states: each piece of the head goes forward and, by its own formula, back to
+//! them at once; what has gathered there then runs back through the blocks. Blocks are kept for that, or computed a
+//! second time one by one (`recompute`): a block's activations instead of all.
 
 use std::ops::Range;
 
-use tch::{Device, Tensor};
+use agentfly_c10d::ops;
+use tch::{Device, Kind, Tensor};
 
 use super::config::MicroBatchLimit;
 use super::error::LearnerError;
 use super::microbatch::{Row, TokenBatch, plan};
-use super::token;
-use crate::model::{Attention, Decoder};
+use crate::model::{Attention, Decoder, ModelError, Rotation};
 
-/// Logits that exist at a time. 4 Mi f32 are 16 MiB, below the size from which glibc maps and unmaps every
-/// allocation afresh, whose page faults cost more than the arithmetic.
-const HEAD_ELEMENTS: i64 = 4 << 20;
+/// Logits that exist at a time: 128 MiB in f32. Enough rows that adding the head's gradient is a small part.
+const HEAD_ELEMENTS: i64 = 32 << 20;
+/// Pieces are a multiple of this many tokens, the height of the matrix unit's tiles.
+const HEAD_ROWS: i64 = 64;
 
-/// Hidden states `[N, hidden]` that predict the batch's targets.
-fn predicting(decoder: &Decoder, batch: &TokenBatch) -> Result<Tensor, LearnerError> {
-    let hidden = decoder.hidden(&batch.ids, &batch.positions, Attention::Causal)?;
-    Ok(hidden.f_flatten(0, 1)?.f_index_select(0, &batch.predicting)?)
+/// Log-prob and entropy of some of a micro-batch's targets, `[n]` f32 each, leaves of autograd.
+pub(super) struct Targets<'a> {
+    pub(super) log_prob: &'a Tensor,
+    pub(super) entropy: &'a Tensor,
 }
 
 /// The batch's tokens in runs whose logits may exist together.
 fn pieces(decoder: &Decoder, tokens: usize) -> impl Iterator<Item = Range<usize>> {
-    let rows = (HEAD_ELEMENTS / decoder.config().vocab.max(1)).max(16) as usize;
+    let rows = HEAD_ELEMENTS / decoder.config().vocab.max(1) / HEAD_ROWS * HEAD_ROWS;
+    let rows = rows.max(HEAD_ROWS) as usize;
     (0..tokens).step_by(rows).map(move |start| start..(start + rows).min(tokens))
 }
 
@@ -35,28 +38,113 @@ pub(super) fn slice(tensor: &Tensor, range: &Range<usize>) -> Result<Tensor, Lea
     Ok(tensor.f_narrow(0, range.start as i64, range.len() as i64)?)
 }
 
-/// Tempered logits `[n, vocab]` f32.
-fn logits(decoder: &Decoder, hidden: &Tensor, temperature: f64) -> Result<Tensor, LearnerError> {
-    let logits = decoder.logits(hidden)?;
-    Ok(if temperature == 1.0 { logits } else { logits.f_div_scalar(temperature)? })
-}
-
-/// Forward and backward of one micro-batch. `loss` gets each piece's token range, logits and targets, and gives
-/// the scalar whose gradient is added to the parameters'.
+/// Forward and backward of one micro-batch. `loss` gets each piece's token range and terms, and gives the scalar
+/// whose gradient is added to the sums of the decoder's parameters; `embedding` is that of its embedding.
 pub(super) fn backward(
     decoder: &Decoder,
     batch: &TokenBatch,
     temperature: f64,
-    mut loss: impl FnMut(&Range<usize>, &Tensor, &Tensor) -> Result<Tensor, LearnerError>,
+    recompute: bool,
+    embedding: &Tensor,
+    mut loss: impl FnMut(&Range<usize>, &Targets<'_>) -> Result<Tensor, LearnerError>,
 ) -> Result<(), LearnerError> {
-    let hidden = predicting(decoder, batch)?;
-    let meeting = hidden.f_detach()?.f_set_requires_grad(true)?;
+    let rotation = decoder.rotation(&batch.ids, &batch.positions)?;
+    let reach = Attention::Packed(&batch.starts);
+    let passed = Passed::forward(decoder, batch, &rotation, reach, recompute)?;
+    let predicting = passed.hidden.f_index_select(0, &batch.predicting)?;
+    let at_head = predicting.f_detach()?;
+    let mut gradients = Vec::new();
     for range in pieces(decoder, batch.tokens) {
-        let logits = logits(decoder, &slice(&meeting, &range)?, temperature)?;
-        loss(&range, &logits, &slice(&batch.targets, &range)?)?.f_backward()?;
+        let hidden = slice(&at_head, &range)?.f_contiguous()?;
+        gradients.push(head(decoder, &hidden, &slice(&batch.targets, &range)?, temperature, |terms| {
+            loss(&range, terms)
+        })?);
     }
-    hidden.f_mul(&meeting.f_grad()?)?.f_sum(None)?.f_backward()?;
+    ops::backward(&predicting, &Tensor::f_cat(&gradients, 0)?).map_err(ModelError::from)?;
+    let gradient = passed.backward(decoder, &rotation, reach)?;
+    let _no_grad = tch::no_grad_guard();
+    let _same = embedding.shallow_clone().f_index_add_(0, &batch.ids, &gradient.f_to_kind(Kind::Float)?)?;
     Ok(())
+}
+
+/// One piece of the head, forward and back: the gradient of its hidden states `[n, hidden]`.
+fn head(
+    decoder: &Decoder,
+    hidden: &Tensor,
+    targets: &Tensor,
+    temperature: f64,
+    loss: impl FnOnce(&Targets<'_>) -> Result<Tensor, LearnerError>,
+) -> Result<Tensor, LearnerError> {
+    let logits = decoder.logits(hidden)?;
+    let terms = ops::token_terms(&logits, targets, temperature).map_err(ModelError::from)?;
+    let leaf = |t: &Tensor| -> Result<Tensor, LearnerError> { Ok(t.f_detach()?.f_set_requires_grad(true)?) };
+    let (log_prob, entropy) = (leaf(&terms.log_prob)?, leaf(&terms.entropy)?);
+    loss(&Targets { log_prob: &log_prob, entropy: &entropy })?.f_backward()?;
+    let gradient = |leaf: &Tensor| -> Result<Tensor, LearnerError> {
+        let gradient = leaf.f_grad()?;
+        Ok(if gradient.defined() { gradient.f_contiguous()? } else { leaf.f_detach()?.f_zeros_like()? })
+    };
+    let (of_log_prob, of_entropy) = (gradient(&log_prob)?, gradient(&entropy)?);
+    let of_logits = terms
+        .backward(&logits, targets, &of_log_prob, &of_entropy, decoder.kind())
+        .map_err(ModelError::from)?;
+    Ok(decoder.logits_backward(hidden, &of_logits)?)
+}
+
+/// A forward pass to go back through.
+struct Passed {
+    /// After the final norm, `[T, hidden]`.
+    hidden: Tensor,
+    /// What the recorded part began with: the embeddings or, when blocks are computed again, the last one's output.
+    leaf: Tensor,
+    /// Each block's input, first to last, when they are computed again.
+    inputs: Vec<Tensor>,
+}
+
+impl Passed {
+    fn forward(
+        decoder: &Decoder,
+        batch: &TokenBatch,
+        rotation: &Rotation,
+        reach: Attention<'_>,
+        recompute: bool,
+    ) -> Result<Self, ModelError> {
+        let mut x = decoder.embed(&batch.ids)?;
+        let mut inputs = Vec::new();
+        if recompute {
+            let _no_grad = tch::no_grad_guard();
+            for layer in 0..decoder.layers() {
+                let y = decoder.block(layer, &x, rotation, reach)?;
+                inputs.push(std::mem::replace(&mut x, y));
+            }
+        }
+        let leaf = x.f_set_requires_grad(true)?;
+        let mut x = leaf.shallow_clone();
+        for layer in inputs.len()..decoder.layers() {
+            x = decoder.block(layer, &x, rotation, reach)?;
+        }
+        Ok(Self { hidden: decoder.final_norm(&x)?, leaf, inputs })
+    }
+
+    /// The gradient of the embeddings, once that of `hidden` has run back to the leaf.
+    fn backward(
+        self,
+        decoder: &Decoder,
+        rotation: &Rotation,
+        reach: Attention<'_>,
+    ) -> Result<Tensor, LearnerError> {
+        let Self { hidden, leaf, inputs } = self;
+        drop(hidden);
+        let mut gradient = leaf.f_grad()?;
+        drop(leaf);
+        for (layer, input) in inputs.into_iter().enumerate().rev() {
+            let leaf = input.f_set_requires_grad(true)?;
+            let output = decoder.block(layer, &leaf, rotation, reach)?;
+            ops::backward(&output, &gradient).map_err(ModelError::from)?;
+            gradient = leaf.f_grad()?;
+        }
+        Ok(gradient)
+    }
 }
 
 /// Log-probs of every row's targets, without gradient; empty for rows without targets.
@@ -72,11 +160,14 @@ pub(super) fn log_probs(
     for indices in plan(&spans, limit) {
         let chosen: Vec<&Row<'_>> = indices.iter().map(|&i| &rows[i]).collect();
         let batch = TokenBatch::new(&chosen, decoder.device())?;
-        let hidden = predicting(decoder, &batch)?;
+        let hidden = decoder.hidden(&batch.ids, &batch.positions, Attention::Packed(&batch.starts))?;
+        let hidden = hidden.f_index_select(0, &batch.predicting)?;
         let mut values = Vec::with_capacity(batch.tokens);
         for range in pieces(decoder, batch.tokens) {
-            let logits = logits(decoder, &slice(&hidden, &range)?, temperature)?;
-            values.extend(host(&token::log_probs(&logits, &slice(&batch.targets, &range)?)?)?);
+            let logits = decoder.logits(&slice(&hidden, &range)?)?;
+            let terms = ops::token_terms(&logits, &slice(&batch.targets, &range)?, temperature)
+                .map_err(ModelError::from)?;
+            values.extend(host(&terms.log_prob)?);
         }
         let mut rest = values.as_slice();
         for &index in &indices {

@@ -47,33 +47,39 @@ impl<'a> Row<'a> {
     }
 }
 
-/// Groups rows (by their place in `lengths`) under the limit, longest first, so that rows of one micro-batch
-/// need little padding. Rows of length 0 are left out.
+/// Groups rows (by their place in `lengths`) under the limit: longest first, each into the first micro-batch with
+/// room for it. Rows of length 0 are left out.
 pub(super) fn plan(lengths: &[usize], limit: MicroBatchLimit) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..lengths.len()).filter(|&i| lengths[i] > 0).collect();
     order.sort_by_key(|&i| std::cmp::Reverse(lengths[i])); // stable: equal rows stay in order
-    let mut batches: Vec<Vec<usize>> = Vec::new();
+    let mut batches: Vec<(usize, Vec<usize>)> = Vec::new();
     for index in order {
-        let fits = |batch: &Vec<usize>| match limit {
+        let length = lengths[index];
+        let fits = |(held, batch): &&mut (usize, Vec<usize>)| match limit {
             MicroBatchLimit::Rows(rows) => batch.len() < rows,
-            MicroBatchLimit::Tokens(tokens) => (batch.len() + 1) * lengths[batch[0]] <= tokens,
+            MicroBatchLimit::Tokens(tokens) => *held + length <= tokens,
         };
-        match batches.last_mut() {
-            Some(batch) if fits(batch) => batch.push(index),
-            _ => batches.push(vec![index]),
+        match batches.iter_mut().find(fits) {
+            Some((held, batch)) => {
+                *held += length;
+                batch.push(index);
+            }
+            None => batches.push((length, vec![index])),
         }
     }
-    batches
+    batches.into_iter().map(|(_, batch)| batch).collect()
 }
 
-/// A micro-batch on the device: R rows padded on the right to L tokens, N tokens with loss in all.
+/// A micro-batch on the device: T tokens of R rows, one row after another, N tokens with loss in all.
 #[derive(Debug)]
 pub(super) struct TokenBatch {
-    /// `[R, L]` i64.
+    /// `[T]` i64.
     pub(super) ids: Tensor,
-    /// `[R, L]` i64: 0, 1, 2, …
+    /// `[T]` i64: 0, 1, 2, … in each row.
     pub(super) positions: Tensor,
-    /// `[N]` i64: where in the flattened `[R · L]` the N tokens are predicted.
+    /// `[R + 1]` i64 on the CPU: where rows start.
+    pub(super) starts: Tensor,
+    /// `[N]` i64: the tokens that predict the N tokens with loss.
     pub(super) predicting: Tensor,
     /// `[N]` i64: their ids.
     pub(super) targets: Tensor,
@@ -84,25 +90,25 @@ pub(super) struct TokenBatch {
 impl TokenBatch {
     /// `rows` in this order; their targets one row after another.
     pub(super) fn new(rows: &[&Row<'_>], device: Device) -> Result<Self, TchError> {
-        let length = rows.iter().map(|row| row.span()).max().unwrap_or(0).max(1);
-        let mut ids = vec![0_i64; rows.len() * length];
+        let (mut ids, mut positions, mut starts) = (Vec::new(), Vec::new(), vec![0_i64]);
         let (mut predicting, mut targets) = (Vec::new(), Vec::new());
-        for (r, row) in rows.iter().enumerate() {
-            for (slot, &id) in ids[r * length..].iter_mut().zip(&row.token_ids[..row.span()]) {
-                *slot = i64::from(id);
-            }
+        for row in rows.iter().filter(|row| row.span() > 0) {
+            let start = ids.len();
+            ids.extend(row.token_ids[..row.span()].iter().map(|&id| i64::from(id)));
+            positions.extend(0..row.span() as i64);
+            starts.push(ids.len() as i64);
             for &j in &row.targets {
-                predicting.push((r * length + j - 1) as i64);
+                predicting.push((start + j - 1) as i64);
                 targets.push(i64::from(row.token_ids[j]));
             }
         }
-        let shape = [rows.len() as i64, length as i64];
-        let positions = Tensor::f_arange(length as i64, (tch::Kind::Int64, device))?;
+        let there = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);
         Ok(Self {
-            ids: Tensor::f_from_slice(&ids)?.f_view(shape)?.f_to_device(device)?,
-            positions: positions.f_unsqueeze(0)?.f_expand(shape, false)?.f_contiguous()?,
-            predicting: Tensor::f_from_slice(&predicting)?.f_to_device(device)?,
-            targets: Tensor::f_from_slice(&targets)?.f_to_device(device)?,
+            ids: there(&ids)?,
+            positions: there(&positions)?,
+            starts: Tensor::f_from_slice(&starts)?,
+            predicting: there(&predicting)?,
+            targets: there(&targets)?,
             tokens: targets.len(),
         })
     }
@@ -122,9 +128,11 @@ mod tests {
         let ints = |t: &Tensor| Vec::<i64>::try_from(t.flatten(0, -1)).unwrap();
         assert_eq!(
             ints(&batch.ids),
-            [5, 6, 7, 1, 0, 0],
-            "tokens that predict nothing are cut, short rows padded"
+            [5, 6, 7, 1],
+            "tokens that predict nothing are cut, and nothing is padded"
         );
+        assert_eq!(ints(&batch.positions), [0, 1, 2, 0]);
+        assert_eq!(ints(&batch.starts), [0, 3, 4]);
         assert_eq!(ints(&batch.predicting), [0, 2, 3]);
         assert_eq!(ints(&batch.targets), [6, 8, 2]);
     }
@@ -151,9 +159,9 @@ mod tests {
                 let all: Vec<usize> = (0..lengths.len()).filter(|&i| lengths[i] > 0).collect();
                 prop_assert_eq!(seen, all);
                 for batch in &plan {
-                    let padded = batch.len() * batch.iter().map(|&i| lengths[i]).max().unwrap_or(0);
+                    let held: usize = batch.iter().map(|&i| lengths[i]).sum();
                     match limit {
-                        MicroBatchLimit::Tokens(n) => prop_assert!(padded <= n || batch.len() == 1),
+                        MicroBatchLimit::Tokens(n) => prop_assert!(held <= n || batch.len() == 1),
                         MicroBatchLimit::Rows(n) => prop_assert!(batch.len() <= n),
                     }
                 }

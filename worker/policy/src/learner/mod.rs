@@ -24,7 +24,6 @@ mod ranks;
 mod schedule;
 mod stats;
 mod step;
-pub mod token;
 mod warmup;
 
 use std::time::Instant;
@@ -43,7 +42,7 @@ pub use schedule::{LrSchedule, Schedule};
 pub use stats::{PhaseSeconds, StepStats};
 pub use warmup::{SupervisedRow, SupervisedStats};
 
-use crate::model::Decoder;
+use crate::model::{Decoder, ModelError};
 use optimizer::{Optimizer, Update};
 use ranks::Ranks;
 
@@ -155,17 +154,21 @@ impl Learner {
         Ok(stats)
     }
 
-    /// Runs `body`, which changes weights, with the decoder's parameters as leaves of autograd, and only then:
-    /// generation never pays for a graph. If it fails, the learner is broken and out of its group.
+    /// Runs `body`, which changes weights, with the decoder's gradients gathered in the optimizer's sums. If it fails,
+    /// the learner is broken and out of its group.
     fn guarded<T>(
         &mut self,
         decoder: &mut Decoder,
         body: impl FnOnce(&mut Self, &Decoder) -> Result<T, LearnerError>,
     ) -> Result<T, LearnerError> {
         self.broken = true;
-        decoder.parameters().set_requires_grad(true);
-        let result = self.optimizer.zero_grad(decoder).and_then(|()| body(self, decoder));
-        decoder.parameters().set_requires_grad(false);
+        self.optimizer.zero_grad()?;
+        let sums = |name: &str| {
+            self.optimizer.gradient_of(name).map_err(|e| ModelError::Torch(e.to_string()))
+        };
+        decoder.gather_gradients(Some(&sums))?;
+        let result = body(self, decoder);
+        decoder.gather_gradients(None)?;
         match &result {
             Ok(_) => self.broken = false,
             Err(_) => self.set_group(None, decoder),

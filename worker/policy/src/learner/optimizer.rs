@@ -66,31 +66,19 @@ impl Optimizer {
         Ok(optimizer)
     }
 
-    /// Forgets gathered gradients, here and in the model.
-    pub(super) fn zero_grad(&mut self, decoder: &Decoder) -> Result<(), LearnerError> {
-        let _no_grad = tch::no_grad_guard();
+    /// Forgets gathered gradients.
+    pub(super) fn zero_grad(&mut self) -> Result<(), LearnerError> {
         let _same = self.grad.f_zero_()?;
-        for (_, tensor) in decoder.parameters().iter() {
-            let mut grad = tensor.f_grad()?;
-            if grad.defined() {
-                let _same = grad.f_zero_()?;
-            }
-        }
         Ok(())
     }
 
-    /// Adds the gradients of one micro-batch in f32 and clears them in the model, so that bf16 gradients are
-    /// never summed in bf16.
-    pub(super) fn accumulate(&mut self, decoder: &Decoder) -> Result<(), LearnerError> {
-        let _no_grad = tch::no_grad_guard();
-        for (slot, (_, tensor)) in self.slots.iter().zip(decoder.parameters().iter()) {
-            let mut grad = tensor.f_grad()?;
-            if grad.defined() {
-                let _same = slot.of(&self.grad)?.f_add_(&grad.f_to_kind(Kind::Float)?)?;
-                let _same = grad.f_zero_()?;
-            }
-        }
-        Ok(())
+    /// The sum of a parameter's gradients, sharing memory.
+    pub(super) fn gradient_of(&self, name: &str) -> Result<Tensor, LearnerError> {
+        let slot = self.slots.iter().find(|slot| slot.name == name);
+        slot.map(|slot| slot.of(&self.grad)).unwrap_or_else(|| {
+            let needed = "must be one of the model's";
+            Err(LearnerError::Config { field: "parameter", value: name.to_owned(), needed })
+        })
     }
 
     /// Clips the gathered gradient (`clip_grad_norm_`: coefficient min(1, clip / (norm + 1e-6))) and applies it,

@@ -12,8 +12,7 @@ use super::forward::{self, slice};
 use super::loss::ppo_clip;
 use super::microbatch::{Row, TokenBatch, plan};
 use super::stats::{StepStats, StepSums, UPDATE_SUMS, UpdateSums};
-use super::token::token_terms;
-use crate::model::Decoder;
+use crate::model::{Decoder, EMBEDDING};
 
 /// The rows of one mini-batch, checked, beside their batch.
 pub(super) struct Prepared<'a> {
@@ -157,7 +156,7 @@ impl Learner {
         let started = Instant::now();
         let mut totals = [0.0; UPDATE_SUMS];
         let spans: Vec<usize> = prepared.rows.iter().map(Row::span).collect();
-        self.optimizer.zero_grad(decoder)?;
+        self.optimizer.zero_grad()?;
         let mut current: LogProbs = vec![Vec::new(); prepared.rows.len()];
         for indices in plan(&spans, self.config.micro_batch) {
             let rows: Vec<&Row<'_>> = indices.iter().map(|&i| &prepared.rows[i]).collect();
@@ -165,7 +164,6 @@ impl Learner {
             let columns = self.columns(prepared, &indices, old, reference, decoder)?;
             let mut log_probs = Vec::new();
             self.micro_batch(decoder, &batch, &columns, &rows, &mut totals, &mut log_probs)?;
-            self.optimizer.accumulate(decoder)?;
             let mut rest = log_probs.as_slice();
             for &index in indices.iter().filter(|_| old.is_none()) {
                 let (own, others) = rest.split_at(prepared.rows[index].targets.len());
@@ -234,27 +232,27 @@ impl Learner {
     ) -> Result<(), LearnerError> {
         let config = &self.config;
         let with_entropy = config.entropy_coeff != 0.0;
-        forward::backward(decoder, batch, config.temperature, |range, logits, targets| {
-            let terms = token_terms(logits, targets, with_entropy)?;
+        let embedding = self.optimizer.gradient_of(EMBEDDING)?;
+        forward::backward(decoder, batch, config.temperature, config.recompute, &embedding, |range, terms| {
             let weights = slice(&columns.weights, range)?;
             let advantages = slice(&columns.advantages, range)?;
             let old = match &columns.old {
                 Some(old) => slice(old, range)?,
                 None => {
-                    log_probs.extend(forward::host(&terms.log_prob)?);
+                    log_probs.extend(forward::host(terms.log_prob)?);
                     terms.log_prob.f_detach()?
                 }
             };
-            let policy = ppo_clip(&terms.log_prob, &old, &advantages, config.clip(), None);
+            let policy = ppo_clip(terms.log_prob, &old, &advantages, config.clip(), None);
             let pg_loss = (&policy.loss * &weights).sum(Kind::Float);
-            let entropy = (&terms.entropy * &weights).sum(Kind::Float);
+            let entropy = (terms.entropy * &weights).sum(Kind::Float);
             let mut loss = pg_loss.shallow_clone();
             if with_entropy {
                 loss = &loss - &entropy * config.entropy_coeff;
             }
             let mut kl_loss = pg_loss.zeros_like();
             if let Some(reference) = &columns.reference {
-                let kl = config.kl_loss_type.estimate(&terms.log_prob, &slice(reference, range)?);
+                let kl = config.kl_loss_type.estimate(terms.log_prob, &slice(reference, range)?);
                 kl_loss = (kl * &weights).sum(Kind::Float);
                 loss = &loss + &kl_loss * config.kl_loss_coef;
             }

@@ -7,8 +7,8 @@ use super::error::{LearnerError, RowName};
 use super::forward;
 use super::microbatch::{Row, TokenBatch, plan};
 use super::stats::PhaseSeconds;
-use super::{Learner, token};
-use crate::model::Decoder;
+use super::Learner;
+use crate::model::{Decoder, EMBEDDING};
 
 /// One example: T tokens, and which of them to learn.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,11 +77,13 @@ impl Learner {
     ) -> Result<SupervisedStats, LearnerError> {
         let spans: Vec<usize> = rows.iter().map(Row::span).collect();
         let mut total = [0.0];
+        let embedding = self.optimizer.gradient_of(EMBEDDING)?;
         for indices in plan(&spans, self.config.micro_batch) {
             let chosen: Vec<&Row<'_>> = indices.iter().map(|&i| &rows[i]).collect();
             let batch = TokenBatch::new(&chosen, decoder.device())?;
-            forward::backward(decoder, &batch, 1.0, |_, logits, targets| {
-                let loss = -token::log_probs(logits, targets)?.sum(Kind::Float) / tokens;
+            let recompute = self.config.recompute;
+            forward::backward(decoder, &batch, 1.0, recompute, &embedding, |_, terms| {
+                let loss = -terms.log_prob.sum(Kind::Float) / tokens;
                 let value = loss.f_double_value(&[])?;
                 if !value.is_finite() {
                     let (rows, first) = (chosen.len(), chosen[0].name);
@@ -90,7 +92,6 @@ impl Learner {
                 total[0] += value;
                 Ok(loss)
             })?;
-            self.optimizer.accumulate(decoder)?;
         }
         let update = self.apply(decoder, lr, &mut PhaseSeconds::default())?;
         self.ranks.sums(&mut total)?;

@@ -5,14 +5,19 @@
 
 use std::path::Path;
 
+use agentfly_c10d::ops::swiglu;
 use agentfly_common::model_dir::{ModelConfig, ModelDir};
 use tch::{Device, Kind, Tensor};
 
-use super::attention::{Attention, Linear, RmsNorm, SelfAttention};
+use super::attention::{Attention, SelfAttention};
 use super::error::ModelError;
+use super::layers::{FindSum, Map, Norm};
 use super::load;
 use super::parameters::Parameters;
-use super::rope::Rope;
+use super::rope::{Rope, Rotation};
+
+/// The embedding's name, and a tied head's.
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// A model on one device.
 #[derive(Debug)]
@@ -21,8 +26,8 @@ pub struct Decoder {
     parameters: Parameters,
     embedding: Tensor,
     blocks: Vec<Block>,
-    norm: RmsNorm,
-    head: Tensor,
+    norm: Norm,
+    head: Map,
     rope: Rope,
     kind: Kind,
     device: Device,
@@ -30,18 +35,39 @@ pub struct Decoder {
 
 #[derive(Debug)]
 struct Block {
-    attention_norm: RmsNorm,
+    attention_norm: Norm,
     attention: SelfAttention,
-    mlp_norm: RmsNorm,
-    gate: Linear,
-    up: Linear,
-    down: Linear,
+    mlp_norm: Norm,
+    gate_up: Map,
+    down: Map,
 }
 
 impl Block {
-    fn mlp(&self, x: &Tensor) -> Result<Tensor, ModelError> {
-        let gated = self.gate.apply(x)?.f_silu()?.f_mul(&self.up.apply(x)?)?;
-        self.down.apply(&gated)
+    fn apply(
+        &self,
+        config: &ModelConfig,
+        layer: usize,
+        x: &Tensor,
+        rotation: &Rotation,
+        reach: Attention<'_>,
+    ) -> Result<Tensor, ModelError> {
+        let normed = self.attention_norm.apply(x)?;
+        let x = x.f_add(&self.attention.apply(config, layer, &normed, rotation, reach)?)?;
+        let gated = swiglu(&self.gate_up.apply(&self.mlp_norm.apply(&x)?)?)?;
+        Ok(x.f_add(&self.down.apply(&gated)?)?)
+    }
+
+    fn gather(&mut self, find: Option<FindSum<'_>>) -> Result<(), ModelError> {
+        self.attention_norm.gather(find)?;
+        self.attention.qkv.gather(find)?;
+        self.attention.output.gather(find)?;
+        if let Some((queries, keys)) = &mut self.attention.head_norms {
+            queries.gather(find)?;
+            keys.gather(find)?;
+        }
+        self.mlp_norm.gather(find)?;
+        self.gate_up.gather(find)?;
+        self.down.gather(find)
     }
 }
 
@@ -103,45 +129,36 @@ impl Decoder {
         device: Device,
     ) -> Result<Self, ModelError> {
         let parameters = Parameters::new(named);
-        let take = |name: &str| {
-            parameters.get(name).map(Tensor::shallow_clone).ok_or_else(|| ModelError::Input {
-                what: "weights",
-                got: format!("{} tensors without `{name}`", parameters.len()),
-                needed: format!("`{name}`"),
-            })
-        };
-        let norm = |name: &str| Ok::<_, ModelError>(RmsNorm { weight: take(name)?, eps: config.rms_eps });
-        let linear = |name: &str| {
-            let bias = format!("{name}.bias");
-            let bias = parameters.get(&bias).map(Tensor::shallow_clone);
-            Ok::<_, ModelError>(Linear { weight: take(&format!("{name}.weight"))?, bias })
-        };
+        let norm = |name: String| Norm::new(&parameters, name, config.rms_eps);
         let mut blocks = Vec::new();
         for layer in 0..config.layers {
             let name = |part: &str| format!("model.layers.{layer}.{part}");
-            let head_norm = |part: &str| -> Result<Option<RmsNorm>, ModelError> {
-                if config.architecture.qk_norm() { norm(&name(part)).map(Some) } else { Ok(None) }
+            let map = |parts: &[&str]| {
+                let names: Vec<String> = parts.iter().map(|part| name(part)).collect();
+                Map::new(&parameters, &names)
+            };
+            let head_norms = match config.architecture.qk_norm() {
+                true => {
+                    Some((norm(name("self_attn.q_norm.weight"))?, norm(name("self_attn.k_norm.weight"))?))
+                }
+                false => None,
             };
             blocks.push(Block {
-                attention_norm: norm(&name("input_layernorm.weight"))?,
+                attention_norm: norm(name("input_layernorm.weight"))?,
                 attention: SelfAttention {
-                    query: linear(&name("self_attn.q_proj"))?,
-                    key: linear(&name("self_attn.k_proj"))?,
-                    value: linear(&name("self_attn.v_proj"))?,
-                    output: linear(&name("self_attn.o_proj"))?,
-                    query_norm: head_norm("self_attn.q_norm.weight")?,
-                    key_norm: head_norm("self_attn.k_norm.weight")?,
+                    qkv: map(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])?,
+                    output: map(&["self_attn.o_proj"])?,
+                    head_norms,
                 },
-                mlp_norm: norm(&name("post_attention_layernorm.weight"))?,
-                gate: linear(&name("mlp.gate_proj"))?,
-                up: linear(&name("mlp.up_proj"))?,
-                down: linear(&name("mlp.down_proj"))?,
+                mlp_norm: norm(name("post_attention_layernorm.weight"))?,
+                gate_up: map(&["mlp.gate_proj", "mlp.up_proj"])?,
+                down: map(&["mlp.down_proj"])?,
             });
         }
-        let embedding = take("model.embed_tokens.weight")?;
+        let embedding = parameters.require(EMBEDDING)?;
         let head =
-            if config.tie_word_embeddings { embedding.shallow_clone() } else { take("lm_head.weight")? };
-        let final_norm = norm("model.norm.weight")?;
+            Map::of_weight(&parameters, if config.tie_word_embeddings { EMBEDDING } else { "lm_head.weight" })?;
+        let final_norm = norm("model.norm.weight".to_owned())?;
         let rope = Rope::new(&config, device);
         Ok(Self { config, embedding, blocks, norm: final_norm, head, rope, kind, device, parameters })
     }
@@ -170,8 +187,8 @@ impl Decoder {
         self.device
     }
 
-    /// Runs the blocks: ids and positions `[B, L]` i64 on the model's device → `[B, L, hidden]` after the
-    /// final norm. Differentiable in the parameters.
+    /// Runs the model up to its head: ids and positions `[N]` i64 on the model's device → `[N, hidden]` after the
+    /// final norm.
     ///
     /// # Errors
     /// When an argument's shape, kind or device is wrong, an id is not in the vocabulary, or memory is out.
@@ -181,6 +198,16 @@ impl Decoder {
         positions: &Tensor,
         attention: Attention<'_>,
     ) -> Result<Tensor, ModelError> {
+        let rotation = self.rotation(ids, positions)?;
+        let mut x = self.embed(ids)?;
+        for layer in 0..self.blocks.len() {
+            x = self.block(layer, &x, &rotation, attention)?;
+        }
+        self.norm.apply(&x)
+    }
+
+    /// The angles of `positions`, which must be those of `ids`.
+    pub(crate) fn rotation(&self, ids: &Tensor, positions: &Tensor) -> Result<Rotation, ModelError> {
         self.check_tokens("token ids", ids)?;
         self.check_tokens("positions", positions)?;
         if ids.size() != positions.size() {
@@ -190,29 +217,68 @@ impl Decoder {
                 needed: format!("the shape of the ids, {:?}", ids.size()),
             });
         }
-        let rotation = self.rope.rotation(positions, self.kind)?;
-        let mut x = Tensor::f_embedding(&self.embedding, ids, -1, false, false)?;
-        for (layer, block) in self.blocks.iter().enumerate() {
-            let normed = block.attention_norm.apply(&x)?;
-            x = x.f_add(&block.attention.apply(&self.config, layer, &normed, &rotation, &attention)?)?;
-            x = x.f_add(&block.mlp(&block.mlp_norm.apply(&x)?)?)?;
-        }
-        self.norm.apply(&x)
+        self.rope.rotation(positions, self.kind)
     }
 
-    /// The head: `[…, hidden]` → `[…, vocab]`, in f32 whatever the model's kind.
+    /// Embeddings `[N, hidden]` of ids `[N]`. Without autograd: see [`Self::gather_gradients`].
+    pub(crate) fn embed(&self, ids: &Tensor) -> Result<Tensor, ModelError> {
+        let _no_grad = tch::no_grad_guard();
+        Ok(Tensor::f_embedding(&self.embedding, ids, -1, false, false)?)
+    }
+
+    /// Blocks there are.
+    pub(crate) fn layers(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Block `layer` on rows `[N, hidden]`.
+    pub(crate) fn block(
+        &self,
+        layer: usize,
+        x: &Tensor,
+        rotation: &Rotation,
+        attention: Attention<'_>,
+    ) -> Result<Tensor, ModelError> {
+        self.blocks[layer].apply(&self.config, layer, x, rotation, attention)
+    }
+
+    /// The norm before the head.
+    pub(crate) fn final_norm(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        self.norm.apply(x)
+    }
+
+    /// The head: `[N, hidden]` → `[N, vocab]`, in f32 as it was summed, whatever the model's kind. No autograd.
     ///
     /// # Errors
     /// When the last dimension is not `hidden`, the kind is another, or memory is out.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
-        if hidden.size().last() != Some(&self.config.hidden) || hidden.kind() != self.kind {
+        let _no_grad = tch::no_grad_guard();
+        let size = hidden.size();
+        if size.len() != 2 || size[1] != self.config.hidden || hidden.kind() != self.kind {
             return Err(ModelError::Input {
                 what: "hidden states",
-                got: format!("{:?} {:?}", hidden.size(), hidden.kind()),
-                needed: format!("[…, {}] {:?}", self.config.hidden, self.kind),
+                got: format!("{size:?} {:?}", hidden.kind()),
+                needed: format!("[N, {}] {:?}", self.config.hidden, self.kind),
             });
         }
-        Ok(hidden.f_linear(&self.head, None::<&Tensor>)?.f_to_kind(Kind::Float)?)
+        self.head.apply_wide(hidden)
+    }
+
+    /// The way back through the head: the gradient of hidden states `[N, hidden]` from that of their logits, both in
+    /// the model's kind; the head's own is gathered.
+    pub(crate) fn logits_backward(&self, hidden: &Tensor, gradient: &Tensor) -> Result<Tensor, ModelError> {
+        self.head.backward(hidden, gradient)
+    }
+
+    /// From now on gradients of parameters are added to the f32 sums that `find` gives by name; `None` ends that.
+    /// Only rows go through autograd: give it embeddings that ask for a gradient, and add theirs to the sum of
+    /// [`EMBEDDING`].
+    pub(crate) fn gather_gradients(&mut self, find: Option<FindSum<'_>>) -> Result<(), ModelError> {
+        for block in &mut self.blocks {
+            block.gather(find)?;
+        }
+        self.norm.gather(find)?;
+        self.head.gather(find)
     }
 
     /// [`Parameters::hash`].
@@ -225,7 +291,7 @@ impl Decoder {
 
     fn check_tokens(&self, what: &'static str, tensor: &Tensor) -> Result<(), ModelError> {
         let size = tensor.size();
-        if size.len() != 2
+        if size.len() != 1
             || size.contains(&0)
             || tensor.kind() != Kind::Int64
             || tensor.device() != self.device
@@ -233,7 +299,7 @@ impl Decoder {
             return Err(ModelError::Input {
                 what,
                 got: format!("{size:?} {:?} on {:?}", tensor.kind(), tensor.device()),
-                needed: format!("[rows, tokens] Int64 on {:?}", self.device),
+                needed: format!("[tokens] Int64 on {:?}", self.device),
             });
         }
         Ok(())

@@ -49,3 +49,9 @@ impl From<tch::TchError> for ModelError {
         Self::Torch(text.lines().next().unwrap_or("no reason given").to_owned())
     }
 }
+
+impl From<agentfly_c10d::Error> for ModelError {
+    fn from(error: agentfly_c10d::Error) -> Self {
+        Self::Torch(error.to_string())
+    }
+}

@@ -56,11 +56,13 @@ impl Parameters {
         self.named.iter().map(|(_, tensor)| tensor.numel()).sum()
     }
 
-    /// Makes every parameter a leaf of autograd, or none.
-    pub fn set_requires_grad(&self, requires_grad: bool) {
-        for (_, tensor) in &self.named {
-            let _same_tensor = tensor.set_requires_grad(requires_grad);
-        }
+    /// The parameter of that name, sharing storage.
+    pub(crate) fn require(&self, name: &str) -> Result<Tensor, ModelError> {
+        self.get(name).map(Tensor::shallow_clone).ok_or_else(|| ModelError::Input {
+            what: "weights",
+            got: format!("{} tensors without `{name}`", self.len()),
+            needed: format!("`{name}`"),
+        })
     }
 
     /// BLAKE3 over every name, kind, shape and byte, as hex: equal on two ranks iff their weights are

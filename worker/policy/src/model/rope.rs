@@ -15,12 +15,11 @@ pub(crate) struct Rope {
     inverse_frequencies: Tensor,
 }
 
-/// Cosines and signed sines of some positions, `[B, L, 1, head_dim]` in the model's kind.
+/// Cosines and sines of some positions, f32 `[N, head_dim / 2]` each, rounded to the model's kind as `transformers`
+/// rounds them.
 pub(crate) struct Rotation {
-    cos: Tensor,
-    /// Negated in its first half, so that rotating is one roll and one multiply-add.
-    signed_sin: Tensor,
-    half: i64,
+    pub(crate) cos: Tensor,
+    pub(crate) sin: Tensor,
 }
 
 impl Rope {
@@ -29,26 +28,14 @@ impl Rope {
         Self { inverse_frequencies: Tensor::from_slice(&frequencies).to_device(device) }
     }
 
-    /// The rotation of `positions`, `[B, L]`.
+    /// The rotation of `positions`, `[N]`.
     pub(crate) fn rotation(&self, positions: &Tensor, kind: Kind) -> Result<Rotation, ModelError> {
-        let half = self.inverse_frequencies.size()[0];
-        let angles = positions
-            .f_to_kind(Kind::Float)?
-            .f_unsqueeze(-1)?
-            .f_mul(&self.inverse_frequencies)?
-            .f_unsqueeze(2)?;
-        let (cos, sin) = (angles.f_cos()?, angles.f_sin()?);
-        let cos = Tensor::f_cat(&[&cos, &cos], -1)?.f_to_kind(kind)?;
-        let signed_sin = Tensor::f_cat(&[&sin.f_neg()?, &sin], -1)?.f_to_kind(kind)?;
-        Ok(Rotation { cos, signed_sin, half })
-    }
-}
-
-impl Rotation {
-    /// Rotates queries or keys `[B, L, heads, head_dim]`.
-    pub(crate) fn apply(&self, x: &Tensor) -> Result<Tensor, ModelError> {
-        let swapped = x.f_roll([self.half], [-1])?;
-        Ok(x.f_mul(&self.cos)?.f_addcmul(&swapped, &self.signed_sin)?)
+        let angles =
+            positions.f_to_kind(Kind::Float)?.f_unsqueeze(-1)?.f_mul(&self.inverse_frequencies)?;
+        let round = |x: Tensor| -> Result<Tensor, ModelError> {
+            Ok(x.f_to_kind(kind)?.f_to_kind(Kind::Float)?.f_contiguous()?)
+        };
+        Ok(Rotation { cos: round(angles.f_cos()?)?, sin: round(angles.f_sin()?)? })
     }
 }
 

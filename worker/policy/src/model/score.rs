@@ -3,6 +3,7 @@
 //! Called by evaluation and by tests that hold the engine to its own log-probs. What must stay true: the
 //! `[tokens, vocab]` logits never exist whole, only some rows at a time.
 
+use agentfly_c10d::ops::token_terms;
 use tch::{Kind, Tensor};
 
 use super::attention::Attention;
@@ -44,32 +45,17 @@ pub fn score(decoder: &Decoder, ids: &[u32]) -> Result<Vec<Option<f32>>, ModelEr
     let host: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
     let ids = Tensor::f_from_slice(&host)?.f_to_device(decoder.device())?;
     let positions = Tensor::f_arange(host.len() as i64, (Kind::Int64, decoder.device()))?;
-    let hidden = decoder.hidden(&ids.f_unsqueeze(0)?, &positions.f_unsqueeze(0)?, Attention::Causal)?;
-    let predicting = hidden.f_squeeze_dim(0)?.f_narrow(0, 0, host.len() as i64 - 1)?;
-    let log_probs = token_log_probs(decoder, &predicting, &ids.f_narrow(0, 1, host.len() as i64 - 1)?)?;
-    let mut values = vec![0_f32; host.len() - 1];
-    log_probs.f_to_device(tch::Device::Cpu)?.f_copy_data(&mut values, host.len() - 1)?;
-    Ok(std::iter::once(None).chain(values.into_iter().map(Some)).collect())
-}
-
-/// Log-probs `[N]` f32 that hidden states `[N, hidden]` give to ids `[N]`, some rows at a time.
-///
-/// # Errors
-/// When memory is out.
-pub fn token_log_probs(decoder: &Decoder, hidden: &Tensor, ids: &Tensor) -> Result<Tensor, ModelError> {
-    let total = hidden.size()[0];
-    let mut parts = Vec::new();
-    let mut start = 0;
-    while start < total {
-        let count = HEAD_ROWS.min(total - start);
+    let starts = Tensor::from_slice(&[0, host.len() as i64]);
+    let hidden = decoder.hidden(&ids, &positions, Attention::Packed(&starts))?;
+    let mut values = vec![None];
+    let predicted = host.len() as i64 - 1;
+    for start in (0..predicted).step_by(HEAD_ROWS as usize) {
+        let count = HEAD_ROWS.min(predicted - start);
         let logits = decoder.logits(&hidden.f_narrow(0, start, count)?)?;
-        let target = ids.f_narrow(0, start, count)?.f_unsqueeze(1)?;
-        let chosen = logits.f_gather(1, &target, false)?.f_squeeze_dim(1)?;
-        parts.push(chosen.f_sub(&logits.f_logsumexp([-1], false)?)?);
-        start += count;
+        let terms = token_terms(&logits, &ids.f_narrow(0, start + 1, count)?, 1.0)?;
+        let mut log_probs = vec![0_f32; count as usize];
+        terms.log_prob.f_to_device(tch::Device::Cpu)?.f_copy_data(&mut log_probs, count as usize)?;
+        values.extend(log_probs.into_iter().map(Some));
     }
-    match parts.as_slice() {
-        [] => Ok(Tensor::f_zeros([0], (Kind::Float, hidden.device()))?),
-        parts => Ok(Tensor::f_cat(parts, 0)?),
-    }
+    Ok(values)
 }

@@ -64,10 +64,12 @@ pub(crate) fn model(family: &str, seed: u64) -> Decoder {
 /// Logits `[tokens, vocab]` of one text, computed at once.
 pub(crate) fn full_logits(decoder: &Decoder, ids: &[u32]) -> Tensor {
     let ids: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
-    let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
-    let ids = Tensor::from_slice(&ids).unsqueeze(0);
-    let hidden = decoder.hidden(&ids, &positions, Attention::Causal).expect("the input is well formed");
-    decoder.logits(&hidden).expect("the hidden states are the model's").squeeze_dim(0)
+    let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu));
+    let starts = Tensor::from_slice(&[0, ids.len() as i64]);
+    let hidden = decoder
+        .hidden(&Tensor::from_slice(&ids), &positions, Attention::Packed(&starts))
+        .expect("the input is well formed");
+    decoder.logits(&hidden).expect("the hidden states are the model's")
 }
 
 /// Some text.

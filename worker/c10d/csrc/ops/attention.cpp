@@ -1,0 +1,338 @@
+#include "attention.h"
+
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <cmath>
+#include <limits>
+
+#include "attention_backward.h"
+#include "few_rows.h"
+#include "tile.h"
+
+namespace af {
+namespace {
+
+using at::indexing::Slice;
+
+bool fast(const at::Tensor& qkv, const Heads& heads) { return has_gemm(qkv) && heads.dim % 2 == 0; }
+
+template <class T>
+AF_VECTORISED void pack_keys(const T* k, int64_t count, int64_t dim, int64_t stride, T* out) {
+  pack_transposed(k, count, dim, stride, kBlock, out);
+}
+
+template <class T>
+AF_VECTORISED void pack_values(const T* v, int64_t count, int64_t dim, int64_t stride, T* out) {
+  for_columns(dim, [&](int64_t c, int64_t columns, int64_t width) {
+    pack_rows(v + c, count, columns, stride, width, kBlock, out + kBlock * c);
+  });
+}
+
+// Probabilities of row r of a tile from its scores; both [blocks][rows][kBlock]. Returns what they sum to.
+template <class T>
+AF_VECTORISED float softmax_row(const float* scores, int64_t rows, int64_t r, int64_t blocks, int64_t visible,
+                                float scale, T* probs, float* lse) {
+  float most = -std::numeric_limits<float>::infinity();
+  for (int64_t b = 0; b < blocks; b++) {
+    const float* s = scores + (b * rows + r) * kBlock;
+    const int64_t seen = std::min(kBlock, visible - b * kBlock);
+#pragma omp simd reduction(max : most)
+    for (int64_t j = 0; j < seen; j++) most = s[j] > most ? s[j] : most;
+  }
+  float total = 0.0f;
+  for (int64_t b = 0; b < blocks; b++) {
+    const float* s = scores + (b * rows + r) * kBlock;
+    T* p = probs + (b * rows + r) * kBlock;
+    const int64_t seen = visible - b * kBlock;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < kBlock; j++) {
+      const float e = j < seen ? exp_f32((s[j] - most) * scale) : 0.0f;
+      sum += e;
+      store(p + j, e);
+    }
+    total += sum;
+  }
+  if (lse) *lse = most * scale + std::log(total);
+  return total;
+}
+
+template <class T>
+AF_VECTORISED void finish_row(const float* sums, float total, int64_t dim, T* out) {
+  const float share = 1.0f / total;
+  for (int64_t d = 0; d < dim; d++) store(out + d, sums[d] * share);
+}
+
+// Queries `q` (a token's row `stride` apart) at positions from `first` on; keys(b) and values(b) are packed blocks.
+template <class T, class Keys, class Values>
+void attend_tile(const Heads& heads, const T* q, int64_t stride, int64_t tokens, int64_t first, Keys&& keys,
+                 Values&& values, T* out, float* lse) {
+  const int64_t group = heads.group(), dim = heads.dim, rows = tokens * group, wide = padded_dim(dim);
+  const int64_t count = (first + tokens - 1) / kBlock + 1;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  T* tile = scratch<T, 2>(kBlock * group * dim);
+  float* scores = scratch<float, 3>(count * rows * kBlock);
+  T* probs = scratch<T, 4>(count * rows * kBlock);
+  float* sums = scratch<float, 5>(rows * wide);
+  float* totals = scratch<float, 6>(rows);
+  gather_tile(q, stride, tokens, group, dim, tile);
+  // A decode step reads its cache once, from memory: only what is seen, and the next block on its way meanwhile. What
+  // is left out would be multiplied by 0.
+  const bool few = rows <= kFewRows;
+  const auto seen = [&](int64_t b, int64_t step) {
+    return few ? std::min(kBlock, round_up(first + tokens - b * kBlock, step)) : kBlock;
+  };
+  for (int64_t b = 0; b < count; b++) {
+    if (few) {
+      fetch_ahead(values(b), value_numbers(dim) * static_cast<int64_t>(sizeof(T)));
+      if (b + 1 < count) fetch_ahead(keys(b + 1), key_numbers<T>(dim) * static_cast<int64_t>(sizeof(T)));
+    }
+    gemm_any_rows(rows, seen(b, 16), dim, dim, kBlock, kBlock, false, tile, keys(b), scores + b * rows * kBlock);
+  }
+  for (int64_t r = 0; r < rows; r++)
+    totals[r] = softmax_row(scores, rows, r, count, first + r / group + 1, scale, probs,
+                            lse ? lse + r / group * heads.queries + r % group : nullptr);
+  for_columns(dim, [&](int64_t c, int64_t columns, int64_t width) {
+    for (int64_t b = 0; b < count; b++)
+      gemm_any_rows(rows, columns, seen(b, 32), kBlock, width, wide, b > 0, probs + b * rows * kBlock,
+                    values(b) + kBlock * c, sums + c);
+  });
+  for (int64_t r = 0; r < rows; r++)
+    finish_row(sums + r * wide, totals[r], dim, out + (r / group) * heads.queries * dim + r % group * dim);
+}
+
+// A tile to compute: its sequence, key head, first token within the new ones.
+struct Tile {
+  int64_t sequence, head, token;
+};
+
+std::vector<Tile> tiles_of(const int64_t* starts, int64_t sequences, const Heads& heads) {
+  std::vector<Tile> tiles;
+  for (int64_t s = 0; s < sequences; s++)
+    for (int64_t h = 0; h < heads.keys; h++)
+      for (int64_t t = 0; t < starts[s + 1] - starts[s]; t += tile_tokens(heads)) tiles.push_back({s, h, t});
+  return tiles;
+}
+
+template <class T>
+void attend_packed(const at::Tensor& qkv, const at::Tensor& starts, const Heads& heads, const at::Tensor& out,
+                   float* lse) {
+  const T* rows = static_cast<const T*>(qkv.const_data_ptr());
+  T* result = static_cast<T*>(out.mutable_data_ptr());
+  const int64_t* start = starts.const_data_ptr<int64_t>();
+  const int64_t sequences = starts.size(0) - 1, dim = heads.dim, row = heads.row();
+  std::vector<int64_t> first_block(sequences + 1, 0);
+  std::vector<std::pair<int64_t, int64_t>> of_block;  // sequence, block within it
+  for (int64_t s = 0; s < sequences; s++) {
+    const int64_t count = blocks(start[s + 1] - start[s]);
+    for (int64_t b = 0; b < count; b++) of_block.push_back({s, b});
+    first_block[s + 1] = first_block[s] + count;
+  }
+  const int64_t key_size = key_numbers<T>(dim), size = key_size + value_numbers(dim);
+  const at::Tensor packed = at::empty({first_block[sequences] * heads.keys * size}, qkv.options());
+  T* pack = static_cast<T*>(packed.mutable_data_ptr());
+  at::parallel_for(0, first_block[sequences] * heads.keys, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const auto [s, b] = of_block[i / heads.keys];
+      const int64_t token = start[s] + b * kBlock, count = std::min(kBlock, start[s + 1] - token);
+      const T* k = rows + token * row + (heads.queries + i % heads.keys) * dim;
+      pack_keys(k, count, dim, row, pack + i * size);
+      pack_values(k + heads.keys * dim, count, dim, row, pack + i * size + key_size);
+    }
+  });
+  const auto tiles = tiles_of(start, sequences, heads);
+  at::parallel_for(0, static_cast<int64_t>(tiles.size()), 1, [&](int64_t begin, int64_t end) {
+    auto scope = gemm_scope<T>();
+    for (int64_t i = begin; i < end; i++) {
+      const auto [s, h, t] = tiles[i];
+      const int64_t token = start[s] + t, tokens = std::min(tile_tokens(heads), start[s + 1] - token);
+      const T* blocks_of = pack + (first_block[s] * heads.keys + h) * size;
+      const auto keys = [&](int64_t b) { return blocks_of + b * heads.keys * size; };
+      const auto values = [&](int64_t b) { return blocks_of + b * heads.keys * size + key_size; };
+      const int64_t head = h * heads.group();
+      attend_tile(heads, rows + token * row + head * dim, row, tokens, t, keys, values,
+                  result + (token * heads.queries + head) * dim,
+                  lse ? lse + token * heads.queries + head : nullptr);
+    }
+  });
+}
+
+template <class T>
+void store_and_attend(const at::Tensor& qkv, const Paged& paged, const Heads& heads, const at::Tensor& out) {
+  const T* rows = static_cast<const T*>(qkv.const_data_ptr());
+  T* result = static_cast<T*>(out.mutable_data_ptr());
+  T* cache = static_cast<T*>(paged.pages.mutable_data_ptr());
+  const int64_t* start = paged.starts.const_data_ptr<int64_t>();
+  const int64_t* length = paged.lengths.const_data_ptr<int64_t>();
+  const int64_t* table = paged.table.const_data_ptr<int64_t>();
+  const int64_t sequences = paged.lengths.size(0), most = paged.table.size(1), layers = paged.pages.size(1);
+  const int64_t dim = heads.dim, row = heads.row(), pair = std::is_same_v<T, bf16> ? 2 : 1;
+  const int64_t key_size = key_numbers<T>(dim), size = key_size + value_numbers(dim);
+  const auto block = [&](int64_t s, int64_t b, int64_t h) {
+    return cache + ((table[s * most + b] * layers + paged.layer) * heads.keys + h) * size;
+  };
+  at::parallel_for(0, sequences * heads.keys, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t s = i / heads.keys, h = i % heads.keys, count = start[s + 1] - start[s];
+      for (int64_t t = 0; t < count; t++) {
+        const int64_t position = length[s] - count + t, o = position % kBlock;
+        const T* k = rows + (start[s] + t) * row + (heads.queries + h) * dim;
+        const T* v = k + heads.keys * dim;
+        T* keys = block(s, position / kBlock, h);
+        for (int64_t d = 0; d < dim; d++) keys[(d / pair * kBlock + o) * pair + d % pair] = k[d];
+        for_columns(dim, [&](int64_t c, int64_t columns, int64_t width) {
+          T* values = keys + key_size + kBlock * c;
+          for (int64_t d = 0; d < columns; d++) values[(o / pair * width + d) * pair + o % pair] = v[c + d];
+        });
+      }
+    }
+  });
+  const auto tiles = tiles_of(start, sequences, heads);
+  at::parallel_for(0, static_cast<int64_t>(tiles.size()), 1, [&](int64_t begin, int64_t end) {
+    auto scope = gemm_scope<T>();
+    for (int64_t i = begin; i < end; i++) {
+      const auto [s, h, t] = tiles[i];
+      const int64_t token = start[s] + t, count = start[s + 1] - start[s];
+      const int64_t tokens = std::min(tile_tokens(heads), count - t), head = h * heads.group();
+      // Structured bindings cannot be captured before C++20.
+      const int64_t sequence = s, key_head = h;
+      const auto keys = [&](int64_t b) { return block(sequence, b, key_head); };
+      const auto values = [&](int64_t b) { return block(sequence, b, key_head) + key_size; };
+      attend_tile(heads, rows + token * row + head * dim, row, tokens, length[s] - count + t, keys, values,
+                  result + (token * heads.queries + head) * dim, static_cast<float*>(nullptr));
+    }
+  });
+}
+
+at::Tensor heads_of(const at::Tensor& qkv, int64_t first, int64_t count, int64_t dim) {
+  return qkv.narrow(1, first * dim, count * dim).reshape({qkv.size(0), count, dim}).transpose(0, 1).unsqueeze(0);
+}
+
+// Where there is no micro-kernel: libtorch's own attention, a sequence at a time.
+at::Tensor plain_attention(const at::Tensor& qkv, const at::Tensor& starts, const Heads& heads) {
+  const int64_t* start = starts.const_data_ptr<int64_t>();
+  std::vector<at::Tensor> mixed;
+  for (int64_t s = 0; s + 1 < starts.size(0); s++) {
+    const int64_t length = start[s + 1] - start[s];
+    const at::Tensor rows = qkv.narrow(0, start[s], length);
+    const at::Tensor q = heads_of(rows, 0, heads.queries, heads.dim), k = heads_of(rows, heads.queries, heads.keys, heads.dim),
+                     v = heads_of(rows, heads.queries + heads.keys, heads.keys, heads.dim);
+    const at::Tensor m =
+        at::scaled_dot_product_attention(q, k, v, {}, 0.0, length > 1, std::nullopt, heads.group() > 1);
+    mixed.push_back(m.squeeze(0).transpose(0, 1).reshape({length, heads.queries * heads.dim}));
+  }
+  return at::cat(mixed);
+}
+
+// The same through the cache. Decode steps, one new token a chain, are computed together.
+at::Tensor plain_paged_attention(const at::Tensor& qkv, const Paged& paged, const Heads& heads) {
+  const int64_t dim = heads.dim, sequences = paged.lengths.size(0);
+  const int64_t* start = paged.starts.const_data_ptr<int64_t>();
+  const int64_t* length = paged.lengths.const_data_ptr<int64_t>();
+  const at::Tensor cache =
+      paged.pages.select(1, paged.layer).view({paged.pages.size(0), heads.keys, 2, kBlock, dim});
+  std::vector<int64_t> page, offset;
+  bool decode = true;
+  for (int64_t s = 0; s < sequences; s++) {
+    const int64_t count = start[s + 1] - start[s];
+    decode = decode && count == 1;
+    for (int64_t position = length[s] - count; position < length[s]; position++) {
+      page.push_back(paged.table.const_data_ptr<int64_t>()[s * paged.table.size(1) + position / kBlock]);
+      offset.push_back(position % kBlock);
+    }
+  }
+  const auto index = [&](const std::vector<int64_t>& v) { return at::tensor(v, at::kLong).to(qkv.device()); };
+  const at::Tensor pages = index(page), offsets = index(offset);
+  const auto part = [&](int64_t first) {
+    return qkv.narrow(1, first * dim, heads.keys * dim).reshape({qkv.size(0), heads.keys, dim});
+  };
+  cache.select(2, 0).index_put_({pages, Slice(), offsets}, part(heads.queries));
+  cache.select(2, 1).index_put_({pages, Slice(), offsets}, part(heads.queries + heads.keys));
+  // [s, most pages] → [s, keys, tokens, dim]
+  const auto read = [&](const at::Tensor& table, int64_t which) {
+    const at::Tensor picked = cache.select(2, which).index({table.to(qkv.device())});
+    return picked.transpose(1, 2).reshape({table.size(0), heads.keys, table.size(1) * kBlock, dim});
+  };
+  const auto mask = [&](const at::Tensor& last) {
+    const at::Tensor columns = at::arange(paged.table.size(1) * kBlock, last.options());
+    return columns.le(last.unsqueeze(-1));
+  };
+  if (decode) {
+    const at::Tensor q = qkv.narrow(1, 0, heads.queries * dim).reshape({sequences, heads.queries, 1, dim});
+    const at::Tensor seen = mask(paged.lengths.to(qkv.device()) - 1).view({sequences, 1, 1, -1});
+    return at::scaled_dot_product_attention(q, read(paged.table, 0), read(paged.table, 1), seen, 0.0, false,
+                                            std::nullopt, heads.group() > 1)
+        .reshape({sequences, heads.queries * dim});
+  }
+  std::vector<at::Tensor> mixed;
+  for (int64_t s = 0; s < sequences; s++) {
+    const int64_t count = start[s + 1] - start[s];
+    const at::Tensor table = paged.table.narrow(0, s, 1);
+    const at::Tensor q = heads_of(qkv.narrow(0, start[s], count), 0, heads.queries, dim);
+    const at::Tensor seen =
+        mask(at::arange(length[s] - count, length[s], at::kLong).to(qkv.device())).view({1, 1, count, -1});
+    const at::Tensor m = at::scaled_dot_product_attention(q, read(table, 0), read(table, 1), seen, 0.0, false,
+                                                          std::nullopt, heads.group() > 1);
+    mixed.push_back(m.squeeze(0).transpose(0, 1).reshape({count, heads.queries * dim}));
+  }
+  return at::cat(mixed);
+}
+
+at::Tensor attend(const at::Tensor& qkv, const at::Tensor& starts, const Heads& heads, float* lse) {
+  const at::Tensor out = at::empty({qkv.size(0), heads.queries * heads.dim}, qkv.options());
+  if (qkv.scalar_type() == at::kBFloat16) {
+    attend_packed<bf16>(qkv, starts, heads, out, lse);
+  } else {
+    attend_packed<float>(qkv, starts, heads, out, lse);
+  }
+  return out;
+}
+
+struct AttentionGraph : public torch::autograd::Function<AttentionGraph> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& qkv, const at::Tensor& starts,
+                            int64_t queries, int64_t keys, int64_t dim) {
+    const at::Tensor lse = at::empty({qkv.size(0), queries}, qkv.options().dtype(at::kFloat));
+    const at::Tensor out = attend(qkv, starts, {queries, keys, dim}, lse.mutable_data_ptr<float>());
+    ctx->save_for_backward({qkv, starts, out, lse});
+    ctx->saved_data["heads"] = std::vector<int64_t>{queries, keys, dim};
+    return out;
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list outputs) {
+    at::NoGradGuard no_grad;
+    const auto saved = ctx->get_saved_variables();
+    const auto heads = ctx->saved_data["heads"].toIntVector();
+    const at::Tensor g = attention_backward(outputs[0].contiguous(), saved[0], saved[1], saved[2], saved[3],
+                                            {heads[0], heads[1], heads[2]});
+    return {g, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
+  }
+};
+
+}  // namespace
+
+at::Tensor attention(const at::Tensor& input, const at::Tensor& starts, Heads heads) {
+  if (!fast(input, heads)) return plain_attention(input, starts, heads);
+  const at::Tensor qkv = input.contiguous();
+  if (at::GradMode::is_enabled() && qkv.requires_grad())
+    return AttentionGraph::apply(qkv, starts, heads.queries, heads.keys, heads.dim);
+  return attend(qkv, starts, heads, nullptr);
+}
+
+at::Tensor paged_attention(const at::Tensor& input, const Paged& paged, Heads heads) {
+  at::NoGradGuard no_grad;
+  if (!fast(input, heads)) return plain_paged_attention(input, paged, heads);
+  const at::Tensor qkv = input.contiguous();
+  const at::Tensor out = at::empty({qkv.size(0), heads.queries * heads.dim}, qkv.options());
+  if (qkv.scalar_type() == at::kBFloat16) {
+    store_and_attend<bf16>(qkv, paged, heads, out);
+  } else {
+    store_and_attend<float>(qkv, paged, heads, out);
+  }
+  return out;
+}
+
+int64_t page_numbers(const at::Tensor& like, int64_t dim) {
+  return fast(like, {1, 1, dim}) ? key_numbers<float>(dim) + value_numbers(dim) : 2 * kBlock * dim;
+}
+
+}  // namespace af

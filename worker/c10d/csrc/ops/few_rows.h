@@ -1,0 +1,30 @@
+// The micro-kernel's product for a handful of rows, as decoding has them: a head's few queries against a page.
+//
+// There the micro-kernel's own set-up costs several times the arithmetic. What must stay true: the bits are those
+// that it gives. Which order it sums in depends on the machine and on the length, so at the first use of a length
+// each order is tried against it, and only one that agrees in every bit is taken; where none does, the micro-kernel itself is called.
+#pragma once
+#include "gemm.h"
+
+namespace af {
+
+// Up to this many rows are few.
+constexpr int64_t kFewRows = 8;
+
+// As gemm(), for columns that are a multiple of 16.
+void gemm_few_rows(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const bf16* a,
+                   const bf16* b, float* c);
+void gemm_few_rows(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a,
+                   const float* b, float* c);
+
+template <class T>
+AF_INLINE void gemm_any_rows(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+                             const T* a, const T* b, float* c) {
+  if (m <= kFewRows && n % 16 == 0) {
+    gemm_few_rows(m, n, k, lda, ldb, ldc, add, a, b, c);
+  } else {
+    gemm(m, n, k, lda, ldb, ldc, add, a, b, c);
+  }
+}
+
+}  // namespace af

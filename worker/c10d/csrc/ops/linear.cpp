@@ -1,0 +1,243 @@
+#include "linear.h"
+
+namespace af {
+
+namespace {
+
+// Tried once: a processor may have the instructions and libtorch, or its settings, not use them.
+template <class T>
+bool micro_kernel_runs() {
+  try {
+    std::vector<T> a(16 * 32, T(1.0f)), b(32 * kBlock, T(1.0f));
+    std::vector<float> c(16 * kBlock);
+    auto scope = gemm_scope<T>();
+    gemm(16, kBlock, 32, 32, kBlock, kBlock, false, a.data(), b.data(), c.data());
+    return c[0] == 32.0f && c.back() == 32.0f;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
+}  // namespace
+
+bool has_gemm(const at::Tensor& like) {
+  if (!like.is_cpu()) return false;
+  if (like.scalar_type() == at::kBFloat16) {
+    static const bool runs = at::native::cpublas::could_pack(at::kBFloat16) && micro_kernel_runs<bf16>();
+    return runs;
+  }
+  static const bool runs = micro_kernel_runs<float>();
+  return like.scalar_type() == at::kFloat && runs;
+}
+
+namespace {
+
+// Rows of x that stay in the second-level cache while all weights pass by.
+constexpr int64_t kCachedBytes = 384 << 10;
+// Tokens that a weight gradient sums at a time: few sizes, so that few micro-kernels are compiled.
+constexpr int64_t kTokens = 512;
+
+template <class T>
+AF_VECTORISED void pack_block(const T* w, int64_t count, int64_t k, T* out) {
+  pack_transposed(w, count, k, k, kBlock, out);
+}
+
+template <class T>
+void pack_weight(const at::Tensor& weight, int64_t first_column, T* packed) {
+  const int64_t n = weight.size(0), k = weight.size(1);
+  const T* w = static_cast<const T*>(weight.const_data_ptr());
+  // A column's block may also hold another weight's columns.
+  int64_t done = 0;
+  while (done < n) {
+    const int64_t column = first_column + done, in_block = column % kBlock;
+    const int64_t count = std::min(n - done, kBlock - in_block);
+    T* block = packed + column / kBlock * k * kBlock;
+    const int64_t pair = std::is_same_v<T, bf16> ? 2 : 1;
+    pack_block(w + done * k, count, k, block + in_block * pair);
+    done += count;
+  }
+}
+
+template <class O>
+AF_VECTORISED void finish_tile(const float* sums, const float* bias, int64_t rows, int64_t columns, int64_t stride,
+                               O* out) {
+  for (int64_t r = 0; r < rows; r++) {
+    const float* from = sums + r * kBlock;
+    O* to = out + r * stride;
+    if (bias) {
+      for (int64_t c = 0; c < columns; c++) store(to + c, from[c] + bias[c]);
+    } else {
+      for (int64_t c = 0; c < columns; c++) store(to + c, from[c]);
+    }
+  }
+}
+
+template <class T, class O>
+void multiply(const T* x, int64_t m, int64_t k, const T* packed, const float* bias, int64_t n, O* out) {
+  const int64_t columns = blocks(n);
+  const int64_t chunk =
+      std::max<int64_t>(kBlock, kCachedBytes / (k * static_cast<int64_t>(sizeof(T))) / kBlock * kBlock);
+  const int64_t chunks = (m + chunk - 1) / chunk;
+  at::parallel_for(0, chunks * columns, 1, [&](int64_t begin, int64_t end) {
+    auto scope = gemm_scope<T>();
+    float* sums = scratch<float, 0>(kBlock * kBlock);
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t column = task % columns * kBlock, first = task / columns * chunk;
+      const int64_t width = std::min(kBlock, n - column), last = std::min(m, first + chunk);
+      const T* block = packed + column * k;
+      // A short product reads its weights once: have the next block on its way meanwhile.
+      if (m <= kBlock && task + 1 < end) fetch_ahead(block + kBlock * k, kBlock * k * static_cast<int64_t>(sizeof(T)));
+      for (int64_t row = first; row < last; row += kBlock) {
+        const int64_t rows = std::min(kBlock, last - row);
+        gemm(rows, kBlock, k, k, kBlock, kBlock, false, x + row * k, block, sums);
+        finish_tile(sums, bias ? bias + column : nullptr, rows, width, n, out + row * n + column);
+      }
+    }
+  });
+}
+
+template <class T>
+AF_VECTORISED void transpose_slab(const T* g, int64_t tokens, int64_t columns, int64_t stride, int64_t padded, T* out) {
+  for (int64_t c = 0; c < kBlock; c++) {
+    T* row = out + c * padded;
+    int64_t t = 0;
+    if (c < columns)
+      for (; t < tokens; t++) row[t] = g[t * stride + c];
+    for (; t < padded; t++) row[t] = T(0.0f);
+  }
+}
+
+template <class T>
+AF_VECTORISED void pack_slab(const T* x, int64_t tokens, int64_t columns, int64_t stride, int64_t padded, T* out) {
+  pack_rows(x, tokens, columns, stride, kBlock, padded, out);
+}
+
+template <class T>
+void sum_weight_gradient(const at::Tensor& g, const at::Tensor& x, float* sum) {
+  const int64_t m = g.size(0), n = g.size(1), k = x.size(1), stride = g.stride(0);
+  const T* gs = static_cast<const T*>(g.const_data_ptr());
+  const T* xs = static_cast<const T*>(x.const_data_ptr());
+  const int64_t k_blocks = blocks(k);
+  const at::Tensor packed = at::empty({k_blocks * kTokens * kBlock}, x.options());
+  T* pack = static_cast<T*>(packed.mutable_data_ptr());
+  // The last block of x may be narrower than the sums' rows allow to be written whole.
+  for (int64_t first = 0; first < m; first += kTokens) {
+    const int64_t tokens = std::min(kTokens, m - first), padded = round_up(tokens, kBlock);
+    at::parallel_for(0, k_blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; b++)
+        pack_slab(xs + first * k + b * kBlock, tokens, std::min(kBlock, k - b * kBlock), k, padded,
+                  pack + b * kTokens * kBlock);
+    });
+    at::parallel_for(0, blocks(n), 1, [&](int64_t begin, int64_t end) {
+      auto scope = gemm_scope<T>();
+      T* turned = scratch<T, 1>(kBlock * kTokens);
+      for (int64_t b = begin; b < end; b++) {
+        const int64_t column = b * kBlock, rows = std::min(kBlock, n - column);
+        transpose_slab(gs + first * stride + column, tokens, rows, stride, padded, turned);
+        for (int64_t kb = 0; kb < k_blocks; kb++)
+          gemm(rows, std::min(kBlock, k - kb * kBlock), padded, padded, kBlock, k, true, turned,
+               pack + kb * kTokens * kBlock, sum + column * k + kb * kBlock);
+      }
+    });
+  }
+}
+
+// Autograd's view: y depends on x; what the weights get is added on the way.
+struct LinearGraph : public torch::autograd::Function<LinearGraph> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, int64_t map, bool wide) {
+    auto& linear = *reinterpret_cast<Linear*>(map);
+    ctx->save_for_backward({x});
+    ctx->saved_data["weights"] = linear.weights;
+    ctx->saved_data["grads"] = linear.grads;
+    ctx->saved_data["bias_grads"] = linear.bias_grads;
+    return linear.forward(x, wide);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list outputs) {
+    at::NoGradGuard no_grad;
+    const at::Tensor x = ctx->get_saved_variables()[0];
+    const at::Tensor g = outputs[0].to(x.scalar_type()).contiguous();
+    const auto weights = ctx->saved_data["weights"].toTensorVector();
+    auto grads = ctx->saved_data["grads"].toTensorVector();
+    auto bias_grads = ctx->saved_data["bias_grads"].toTensorVector();
+    at::Tensor gx;
+    int64_t column = 0;
+    for (size_t i = 0; i < weights.size(); i++) {
+      const int64_t n = weights[i].size(0);
+      const at::Tensor part = g.narrow(1, column, n);
+      gx = gx.defined() ? gx.addmm_(part, weights[i]) : at::mm(part, weights[i]);
+      if (!grads.empty()) add_weight_gradient(part, x, grads[i]);
+      if (!bias_grads.empty()) bias_grads[i].add_(part.sum(0, false, at::kFloat));
+      column += n;
+    }
+    return {gx, at::Tensor(), at::Tensor()};
+  }
+};
+
+}  // namespace
+
+void add_weight_gradient(const at::Tensor& g, const at::Tensor& x, at::Tensor sum) {
+  if (!has_gemm(x)) {
+    sum.add_(at::mm(g.t(), x).to(at::kFloat));
+  } else if (x.scalar_type() == at::kBFloat16) {
+    sum_weight_gradient<bf16>(g, x, sum.data_ptr<float>());
+  } else {
+    sum_weight_gradient<float>(g, x, sum.data_ptr<float>());
+  }
+}
+
+const at::Tensor& Linear::packed() {
+  // Every change in place counts a tensor's version up: packed weights can never be those of an older policy.
+  std::vector<uint32_t> versions;
+  for (const auto& weight : weights) versions.push_back(weight._version());
+  if (packed_.defined() && versions == packed_versions_) return packed_;
+  if (!packed_.defined()) packed_ = at::zeros({blocks(outputs) * kBlock * inputs}, weights[0].options());
+  int64_t column = 0;
+  for (const auto& weight : weights) {
+    if (weight.scalar_type() == at::kBFloat16) {
+      pack_weight(weight, column, static_cast<bf16*>(packed_.mutable_data_ptr()));
+    } else {
+      pack_weight(weight, column, packed_.mutable_data_ptr<float>());
+    }
+    column += weight.size(0);
+  }
+  packed_versions_ = versions;
+  return packed_;
+}
+
+at::Tensor Linear::forward(const at::Tensor& input, bool wide) {
+  at::NoGradGuard no_grad;
+  const bool pairs = input.scalar_type() != at::kBFloat16 || inputs % 2 == 0;
+  if (!has_gemm(input) || !pairs) {
+    const at::Tensor weight = weights.size() == 1 ? weights[0] : at::cat(weights);
+    const at::Tensor bias = biases.empty() ? at::Tensor() : biases.size() == 1 ? biases[0] : at::cat(biases);
+    const at::Tensor y = at::linear(input, weight, bias);
+    return wide ? y.to(at::kFloat) : y;
+  }
+  const at::Tensor x = input.contiguous();
+  const int64_t m = x.size(0);
+  const at::Tensor bias = biases.empty() ? at::Tensor() : at::cat(biases).to(at::kFloat).contiguous();
+  const float* b = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+  const at::Tensor y = at::empty({m, outputs}, x.options().dtype(wide ? at::kFloat : x.scalar_type()));
+  if (x.scalar_type() == at::kFloat) {
+    multiply(x.const_data_ptr<float>(), m, inputs, packed().const_data_ptr<float>(), b, outputs,
+             y.mutable_data_ptr<float>());
+    return y;
+  }
+  const auto* xs = static_cast<const bf16*>(x.const_data_ptr());
+  const auto* weight = static_cast<const bf16*>(packed().const_data_ptr());
+  if (wide) {
+    multiply(xs, m, inputs, weight, b, outputs, y.mutable_data_ptr<float>());
+  } else {
+    multiply(xs, m, inputs, weight, b, outputs, static_cast<bf16*>(y.mutable_data_ptr()));
+  }
+  return y;
+}
+
+at::Tensor Linear::apply(const at::Tensor& x, bool wide) {
+  if (at::GradMode::is_enabled() && x.requires_grad())
+    return LinearGraph::apply(x, reinterpret_cast<int64_t>(this), wide);
+  return forward(x, wide);
+}
+
+}  // namespace af

@@ -1,0 +1,33 @@
+// Linear maps with weights kept in the micro-kernel's layout.
+#pragma once
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "gemm.h"
+
+namespace af {
+
+// y = x · [W₁; W₂; …]ᵀ + [b₁; b₂; …]: maps of one input, computed as one.
+struct Linear {
+  std::vector<at::Tensor> weights;  // [nᵢ, k]
+  std::vector<at::Tensor> biases;   // [nᵢ], or none at all
+  std::vector<at::Tensor> grads;    // f32 sums of the weights' gradients, shaped as they are; none: not trained
+  std::vector<at::Tensor> bias_grads;
+  int64_t inputs = 0;
+  int64_t outputs = 0;
+
+  // y in x's kind or, with `wide`, in f32 as it was summed. Differentiable in x where that is asked for; the weights'
+  // gradients are added to `grads` on the way back.
+  at::Tensor apply(const at::Tensor& x, bool wide);
+  // y without autograd.
+  at::Tensor forward(const at::Tensor& x, bool wide);
+
+ private:
+  const at::Tensor& packed();
+  at::Tensor packed_;
+  std::vector<uint32_t> packed_versions_;
+};
+
+// sum += gᵀ · x, f32 [n, k]; g [m, n] and x [m, k] of one kind. Rows of g may lie apart.
+void add_weight_gradient(const at::Tensor& g, const at::Tensor& x, at::Tensor sum);
+
+}  // namespace af

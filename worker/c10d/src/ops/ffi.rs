@@ -1,0 +1,97 @@
+//! The operators' functions as `csrc/ops.h` declares them, and nothing else.
+
+use std::ffi::{c_int, c_void};
+
+/// Opaque: a linear map with its packed weights.
+pub(super) enum RawLinear {}
+
+unsafe extern "C" {
+    pub(super) fn af_linear_new(
+        weights: *const *mut c_void,
+        biases: *const *mut c_void,
+        count: usize,
+        out: *mut *mut RawLinear,
+    ) -> c_int;
+    pub(super) fn af_linear_train(
+        linear: *mut RawLinear,
+        grads: *const *mut c_void,
+        bias_grads: *const *mut c_void,
+    ) -> c_int;
+    pub(super) fn af_linear_apply(
+        linear: *mut RawLinear,
+        x: *mut c_void,
+        wide: c_int,
+        out: *mut *mut c_void,
+    ) -> c_int;
+    pub(super) fn af_linear_backward(
+        linear: *mut RawLinear,
+        x: *mut c_void,
+        gradient: *mut c_void,
+        out: *mut *mut c_void,
+    ) -> c_int;
+    pub(super) fn af_linear_drop(linear: *mut RawLinear);
+
+    pub(super) fn af_rms_norm(
+        x: *mut c_void,
+        weight: *mut c_void,
+        grad: *mut c_void,
+        eps: f64,
+        out: *mut *mut c_void,
+    ) -> c_int;
+    pub(super) fn af_rope(
+        x: *mut c_void,
+        cos: *mut c_void,
+        sin: *mut c_void,
+        heads: i64,
+        out: *mut *mut c_void,
+    ) -> c_int;
+    pub(super) fn af_swiglu(x: *mut c_void, out: *mut *mut c_void) -> c_int;
+
+    pub(super) fn af_attention(
+        qkv: *mut c_void,
+        starts: *mut c_void,
+        queries: i64,
+        keys: i64,
+        dim: i64,
+        out: *mut *mut c_void,
+    ) -> c_int;
+    pub(super) fn af_paged_attention(
+        qkv: *mut c_void,
+        pages: *mut c_void,
+        layer: i64,
+        starts: *mut c_void,
+        lengths: *mut c_void,
+        table: *mut c_void,
+        queries: i64,
+        keys: i64,
+        dim: i64,
+        out: *mut *mut c_void,
+    ) -> c_int;
+    pub(super) fn af_page_numbers(like: *mut c_void, dim: i64, out: *mut i64) -> c_int;
+    pub(super) fn af_has_gemm(like: *mut c_void, out: *mut c_int) -> c_int;
+
+    pub(super) fn af_token_terms(
+        logits: *mut c_void,
+        targets: *mut c_void,
+        temperature: f64,
+        terms: *mut *mut c_void,
+    ) -> c_int;
+    pub(super) fn af_token_terms_backward(
+        logits: *mut c_void,
+        targets: *mut c_void,
+        temperature: f64,
+        terms: *const *mut c_void,
+        g_log_prob: *mut c_void,
+        g_entropy: *mut c_void,
+        to_bf16: c_int,
+        out: *mut *mut c_void,
+    ) -> c_int;
+    pub(super) fn af_sample(
+        logits: *mut c_void,
+        draws: *const f64,
+        tokens: *mut i64,
+        log_probs: *mut f32,
+    ) -> c_int;
+
+    pub(super) fn af_backward(tensor: *mut c_void, gradient: *mut c_void) -> c_int;
+}

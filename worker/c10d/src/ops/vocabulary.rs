@@ -1,0 +1,143 @@
+//! Over the vocabulary: log-probs and entropies, their way back to the logits, and drawing tokens.
+
+use std::ffi::c_void;
+
+use tch::{Device, Kind, Tensor};
+
+use super::{expect, expect_rows, ffi, one, shown};
+use crate::error::check;
+use crate::group::pointer;
+use crate::{Error, Result};
+
+/// What logits say of their targets, `[n]` f32 each, under softmax(z / temperature).
+#[derive(Debug)]
+pub struct TokenTerms {
+    /// log p(target).
+    pub log_prob: Tensor,
+    /// −Σ p·log p.
+    pub entropy: Tensor,
+    /// log Σ exp(z / temperature).
+    lse: Tensor,
+    temperature: f64,
+}
+
+fn fits(operation: &'static str, logits: &Tensor, targets: &Tensor) -> Result<()> {
+    let (rows, width) = expect_rows(operation, logits)?;
+    let sound = logits.kind() == Kind::Float
+        && logits.is_contiguous()
+        && width > 0
+        && targets.size() == [rows]
+        && targets.kind() == Kind::Int64
+        && targets.is_contiguous()
+        && targets.device() == logits.device();
+    expect(operation, sound, || format!("logits {} and targets {}", shown(logits), shown(targets)))?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let inside = |t: Tensor| t.f_int64_value(&[]).is_ok_and(|id| (0..width).contains(&id));
+    expect(operation, inside(targets.min()) && inside(targets.max()), || {
+        format!("targets from {:?} to {:?} in a vocabulary of {width}", targets.min(), targets.max())
+    })
+}
+
+/// Log-probs and entropies of `targets` `[n]` i64 under logits `[n, vocabulary]` f32. No autograd: the way back is
+/// [`TokenTerms::backward`].
+///
+/// # Errors
+/// When the shapes do not fit, a target is outside the vocabulary, or memory is out.
+pub fn token_terms(logits: &Tensor, targets: &Tensor, temperature: f64) -> Result<TokenTerms> {
+    let operation = "log-probs of tokens";
+    fits(operation, logits, targets)?;
+    let mut out: [*mut c_void; 3] = [std::ptr::null_mut(); 3];
+    // SAFETY: live tensors that fit each other; room for three tensors.
+    let code =
+        unsafe { ffi::af_token_terms(pointer(logits), pointer(targets), temperature, out.as_mut_ptr()) };
+    check(code, || operation.to_owned())?;
+    // SAFETY: on success the shim has stored three new `torch::Tensor*`, ours from now on.
+    let [log_prob, entropy, lse] = out.map(|raw| unsafe { Tensor::from_ptr(raw.cast()) });
+    Ok(TokenTerms { log_prob, entropy, lse, temperature })
+}
+
+impl TokenTerms {
+    /// The gradient of the same logits, in `kind` (f32 or bf16), from those of log-prob and entropy, `[n]` f32 each.
+    ///
+    /// # Errors
+    /// When the shapes do not fit, or memory is out.
+    pub fn backward(
+        &self,
+        logits: &Tensor,
+        targets: &Tensor,
+        g_log_prob: &Tensor,
+        g_entropy: &Tensor,
+        kind: Kind,
+    ) -> Result<Tensor> {
+        let operation = "gradient of logits";
+        fits(operation, logits, targets)?;
+        let column = |t: &Tensor| t.size() == targets.size() && t.kind() == Kind::Float && t.is_contiguous();
+        let sound = [&self.log_prob, &self.entropy, &self.lse, g_log_prob, g_entropy].into_iter().all(column)
+            && matches!(kind, Kind::Float | Kind::BFloat16);
+        expect(operation, sound, || {
+            format!("of {} from {} and {}", shown(logits), shown(g_log_prob), shown(g_entropy))
+        })?;
+        let terms = [&self.log_prob, &self.entropy, &self.lse].map(pointer);
+        // SAFETY: live tensors that fit each other; three terms.
+        one(
+            || operation.to_owned(),
+            |out| unsafe {
+                ffi::af_token_terms_backward(
+                    pointer(logits),
+                    pointer(targets),
+                    self.temperature,
+                    terms.as_ptr(),
+                    pointer(g_log_prob),
+                    pointer(g_entropy),
+                    i32::from(kind == Kind::BFloat16),
+                    out,
+                )
+            },
+        )
+    }
+}
+
+/// How one row is drawn.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draw {
+    /// 0 is greedy; the log-prob is then the untempered one.
+    pub temperature: f64,
+    /// In (0, 1]; 1 keeps all.
+    pub top_p: f64,
+    /// At least 1; the vocabulary's size keeps all.
+    pub top_k: i64,
+    /// A uniform number in (0, 1].
+    pub uniform: f64,
+}
+
+/// A token for each row of logits `[n, vocabulary]` f32 on the CPU by the inverse of its cumulative distribution,
+/// and the token's log-prob under the tempered distribution before top-k and top-p. Top-k cuts first and top-p
+/// counts mass within what it left, as vLLM does.
+///
+/// # Errors
+/// When the shapes do not fit or a parameter is out of its range.
+pub fn sample(logits: &Tensor, draws: &[Draw]) -> Result<(Vec<i64>, Vec<f32>)> {
+    let operation = "drawing tokens";
+    let (rows, width) = expect_rows(operation, logits)?;
+    let sound = logits.kind() == Kind::Float
+        && logits.device() == Device::Cpu
+        && logits.is_contiguous()
+        && width > 0
+        && rows == draws.len() as i64;
+    expect(operation, sound, || format!("{} draws from logits {}", draws.len(), shown(logits)))?;
+    let in_range = |d: &Draw| d.temperature >= 0.0 && d.top_k >= 1 && d.top_p > 0.0 && d.uniform > 0.0;
+    if let Some(wrong) = draws.iter().find(|d| !in_range(d)) {
+        return Err(Error::invalid(operation, format!("{wrong:?} is out of range")));
+    }
+    let plan: Vec<f64> =
+        draws.iter().flat_map(|d| [d.temperature, d.top_p, d.uniform, d.top_k.min(width) as f64]).collect();
+    let (mut tokens, mut log_probs) = (vec![0; draws.len()], vec![0.0; draws.len()]);
+    // SAFETY: logits of one row a draw, four numbers a draw, room for a token and a log-prob a draw.
+    let code = unsafe {
+        ffi::af_sample(pointer(logits), plan.as_ptr(), tokens.as_mut_ptr(), log_probs.as_mut_ptr())
+    };
+    check(code, || operation.to_owned())?;
+    Ok((tokens, log_probs))
+}
