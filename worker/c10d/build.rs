@@ -30,9 +30,7 @@ fn main() -> ExitCode {
 }
 
 fn build() -> Result<(), String> {
-    for path in ["csrc"] {
-        println!("cargo::rerun-if-changed={path}");
-    }
+    println!("cargo::rerun-if-changed=csrc");
     for variable in ["LIBTORCH", "LIBTORCH_INCLUDE", "AGENTFLY_CUDA_INCLUDE"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }

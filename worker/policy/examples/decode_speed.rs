@@ -24,8 +24,12 @@ fn main() -> anyhow::Result<()> {
     for (temperature, top_p) in [(0.0, 1.0), (1.0, 1.0), (1.0, 0.9)] {
         for kind in [Kind::Float, Kind::BFloat16] {
             let decoder = Decoder::random(config.clone(), 1, kind, Device::Cpu)?;
-            let limits =
-                EngineConfig { max_slots: 256, max_tokens_per_chain: 1024, max_prefill_tokens: 4096 };
+            let limits = EngineConfig {
+                max_slots: 256,
+                cache_tokens: 256 * 1024,
+                max_tokens_per_chain: 1024,
+                max_prefill_tokens: 4096,
+            };
             let mut engine = Engine::new(limits, decoder.config());
             let sampling =
                 SamplingParams { temperature, top_p, top_k: None, max_tokens: 128, stop_ids: vec![] };

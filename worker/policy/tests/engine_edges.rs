@@ -39,7 +39,12 @@ fn assert_scored(decoder: &Decoder, prompt: &[u32], generation: &Generation, wha
 fn a_chain_that_outgrows_the_first_cache_keeps_what_was_cached() {
     for family in FAMILIES {
         let decoder = model(family, 1);
-        let config = EngineConfig { max_slots: 2, max_tokens_per_chain: 400, max_prefill_tokens: 128 };
+        let config = EngineConfig {
+            max_slots: 2,
+            cache_tokens: 8192,
+            max_tokens_per_chain: 400,
+            max_prefill_tokens: 128,
+        };
         let mut engine = Engine::new(config, decoder.config());
         let prompts = [text(250, 1), text(3, 2)];
         for (chain, prompt) in (0..).zip(&prompts) {
@@ -57,7 +62,12 @@ fn a_chain_that_outgrows_the_first_cache_keeps_what_was_cached() {
 fn a_chain_shares_no_more_of_its_prompt_than_its_group_mate_has_computed() {
     let decoder = model("qwen2", 1);
     for steps in 0..4 {
-        let config = EngineConfig { max_slots: 4, max_tokens_per_chain: 400, max_prefill_tokens: 32 };
+        let config = EngineConfig {
+            max_slots: 4,
+            cache_tokens: 8192,
+            max_tokens_per_chain: 400,
+            max_prefill_tokens: 32,
+        };
         let mut engine = Engine::new(config, decoder.config());
         let prompt = text(100, 3);
         let other = [&prompt[..40], &text(30, 9)].concat();

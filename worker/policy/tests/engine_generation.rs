@@ -24,7 +24,11 @@ fn turn(chain: u64, new_tokens: Vec<u32>, sampling: SamplingParams) -> TurnReque
 }
 
 fn engine(decoder: &Decoder, max_slots: usize) -> Engine {
-    let config = EngineConfig { max_slots, cache_tokens: 8192, max_tokens_per_chain: 400, max_prefill_tokens: 128 };
+    engine_with_cache(decoder, max_slots, 8192)
+}
+
+fn engine_with_cache(decoder: &Decoder, max_slots: usize, cache_tokens: usize) -> Engine {
+    let config = EngineConfig { max_slots, cache_tokens, max_tokens_per_chain: 400, max_prefill_tokens: 128 };
     Engine::new(config, decoder.config())
 }
 
@@ -163,27 +167,36 @@ fn a_group_computes_its_prompt_once() {
 }
 
 #[test]
-fn an_evicted_chain_goes_on_from_its_tokens() {
+fn a_chain_that_lost_its_cache_goes_on_from_its_tokens() {
     let decoder = model("llama", 5);
-    let script = |slots: usize| {
-        let mut engine = engine(&decoder, slots);
-        let mut said: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
+    let script = |cache_tokens: usize| {
+        let mut engine = engine_with_cache(&decoder, 6, cache_tokens);
+        let mut said: BTreeMap<u64, Generation> = BTreeMap::new();
         for round in 0..3_u32 {
             for chain in 0..6 {
-                let new = text(8 + chain as usize, round * 10 + chain as u32);
-                engine.submit(turn(chain, new, sampled(7))).unwrap();
+                let new = text(40 + chain as usize, round * 10 + chain as u32);
+                engine.submit(turn(chain, new, sampled(25))).unwrap();
             }
             for (chain, generation) in run(&mut engine, &decoder) {
-                said.entry(chain).or_default().extend(generation.ids);
+                match said.get_mut(&chain) {
+                    None => drop(said.insert(chain, generation)),
+                    Some(before) => {
+                        before.ids.extend(generation.ids);
+                        before.log_probs.extend(generation.log_probs);
+                    }
+                }
+                assert!(engine.stats().cache_tokens_used <= engine.stats().cache_tokens);
             }
         }
-        (said, engine.stats().evictions)
+        (said, engine.stats())
     };
-    let (roomy, none) = script(6);
-    let (tight, some) = script(2);
-    assert_eq!(none, 0);
-    assert!(some >= 4, "only {some} evictions");
-    assert_eq!(roomy, tight);
+    let (roomy, before) = script(8192);
+    let (tight, after) = script(448);
+    assert_eq!((before.evictions, before.preemptions, before.cache_tokens), (0, 0, 8192));
+    assert_eq!(after.cache_tokens, 448, "one window is the least");
+    assert!(after.evictions >= 4, "only {} evictions", after.evictions);
+    assert!(after.preemptions >= 4, "only {} running chains were paused", after.preemptions);
+    assert_eq!(roomy, tight, "ids and log-probs, to the bit");
 }
 
 #[test]

@@ -2,8 +2,9 @@
 //! commits in its `meta`).
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking, too")]
 
+use agentfly_c10d::ops::token_terms;
 use agentfly_policy::learner::{
-    Aggregation, ClipRange, Denominators, KlEstimator, LrSchedule, OffPolicySums, Schedule, ppo_clip, token,
+    Aggregation, ClipRange, Denominators, KlEstimator, LrSchedule, OffPolicySums, Schedule, ppo_clip,
 };
 use serde_json::Value;
 use tch::{Kind, Tensor};
@@ -177,11 +178,17 @@ fn log_probs_and_entropy_are_verls() {
     let golden = golden();
     let helpers = &golden["helpers"];
     let labels: Vec<i64> = numbers(&helpers["labels"]).into_iter().map(|x| x as i64).collect();
-    let logits = Tensor::from_slice(&numbers(&helpers["logits"])).view([labels.len() as i64, -1]);
+    let logits = numbers(&helpers["logits"]);
+    let logits = Tensor::from_slice(&logits).view([labels.len() as i64, -1]).to_kind(Kind::Float);
     let targets = Tensor::from_slice(&labels);
-    let terms = token::token_terms(&logits, &targets, true).unwrap();
-    all_close(&terms.log_prob, &numbers(&helpers["logprobs_from_logits"]), "log-probs");
-    all_close(&terms.entropy, &numbers(&helpers["entropy_from_logits"]), "entropy");
+    let terms = token_terms(&logits, &targets, 1.0).unwrap();
+    // The operators compute in f32.
+    for (got, name) in [(&terms.log_prob, "logprobs_from_logits"), (&terms.entropy, "entropy_from_logits")] {
+        for (i, want) in numbers(&helpers[name]).iter().enumerate() {
+            let got = got.double_value(&[i as i64]);
+            assert!((got - want).abs() < 2e-6, "{name}, element {i}: {got} is not {want}");
+        }
+    }
 }
 
 #[test]

@@ -105,7 +105,12 @@ fn sample(args: &GenerateArgs, prompt_ids: &[u32], stop_ids: Vec<u32>) -> anyhow
     set_up(args.threads, args.device)?;
     let decoder = open(&args.model, args.dtype.into(), args.device)?;
     let window = trained.min(prompt_ids.len() + args.max_tokens as usize);
-    let limits = EngineConfig { max_slots: 1, max_tokens_per_chain: window, max_prefill_tokens: window };
+    let limits = EngineConfig {
+        max_slots: 1,
+        cache_tokens: window,
+        max_tokens_per_chain: window,
+        max_prefill_tokens: window,
+    };
     let mut engine = Engine::new(limits, decoder.config());
     let sampling = SamplingParams {
         temperature: args.temperature,

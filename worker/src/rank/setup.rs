@@ -40,8 +40,6 @@ const STORE_DEADLINE: Duration = Duration::from_secs(60);
 
 /// A rank's KV cache may take one part in this many of the node's memory.
 const KV_CACHE_SHARE: u64 = 8;
-/// Fewer chains at a time than this would waste the device.
-const MIN_SLOTS: usize = 4;
 /// Tokens of one prefill pass.
 const PREFILL_TOKENS: usize = 4096;
 
@@ -126,7 +124,7 @@ async fn start_device(
         let decoder = open(&dir, dtype, place)?;
         let window = decoder.config().window(&rollout)?;
         let limits = engine_config(decoder.config(), rollout.max_num_seqs as usize, window as usize);
-        tracing::info!(slots = limits.max_slots, window, "KV cache planned");
+        tracing::info!(slots = limits.max_slots, tokens = limits.cache_tokens, window, "KV cache planned");
         let engine = Engine::new(limits, decoder.config());
         Ok(Device { decoder, engine, policy_version, extra: (None, window) })
     };
@@ -135,16 +133,17 @@ async fn start_device(
     Ok((device, window))
 }
 
-/// As many slots as asked for, within the memory that a KV cache may take when every chain fills its window.
+/// The slots asked for, and the cache that they could fill within the memory that it may take.
 fn engine_config(model: &ModelConfig, slots: usize, window: usize) -> EngineConfig {
     let mut system = sysinfo::System::new();
     system.refresh_memory();
     let budget_bytes = system.total_memory() / KV_CACHE_SHARE;
     let numbers = model.layers * 2 * model.kv_heads * model.head_dim;
-    let slot_bytes = u64::try_from(numbers).unwrap_or(u64::MAX).saturating_mul(4 * window as u64).max(1);
-    let fitting = usize::try_from(budget_bytes / slot_bytes).unwrap_or(usize::MAX).max(MIN_SLOTS);
+    let token_bytes = u64::try_from(numbers).unwrap_or(u64::MAX).saturating_mul(4).max(1);
+    let fitting = usize::try_from(budget_bytes / token_bytes).unwrap_or(usize::MAX);
     EngineConfig {
-        max_slots: slots.min(fitting),
+        max_slots: slots,
+        cache_tokens: fitting.min(slots.saturating_mul(window)),
         max_tokens_per_chain: window,
         max_prefill_tokens: PREFILL_TOKENS,
     }

@@ -30,8 +30,8 @@ AF_VECTORISED void pack_values(const T* v, int64_t count, int64_t dim, int64_t s
 
 // Probabilities of row r of a tile from its scores; both [blocks][rows][kBlock]. Returns what they sum to.
 template <class T>
-AF_VECTORISED float softmax_row(const float* scores, int64_t rows, int64_t r, int64_t blocks, int64_t visible,
-                                float scale, T* probs, float* lse) {
+AF_VECTORISED float softmax_row(const float* AF_RESTRICT scores, int64_t rows, int64_t r, int64_t blocks, int64_t visible,
+                                float scale, T* AF_RESTRICT probs, float* AF_RESTRICT lse) {
   float most = -std::numeric_limits<float>::infinity();
   for (int64_t b = 0; b < blocks; b++) {
     const float* s = scores + (b * rows + r) * kBlock;
@@ -58,7 +58,7 @@ AF_VECTORISED float softmax_row(const float* scores, int64_t rows, int64_t r, in
 }
 
 template <class T>
-AF_VECTORISED void finish_row(const float* sums, float total, int64_t dim, T* out) {
+AF_VECTORISED void finish_row(const float* AF_RESTRICT sums, float total, int64_t dim, T* AF_RESTRICT out) {
   const float share = 1.0f / total;
   for (int64_t d = 0; d < dim; d++) store(out + d, sums[d] * share);
 }

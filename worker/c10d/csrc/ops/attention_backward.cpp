@@ -32,8 +32,8 @@ AF_VECTORISED float dot(const T* a, const T* b, int64_t n) {
 
 // Of one block, keys down and rows across: P = exp(S·scale − lse) where the key is visible, dS = P·(dP − δ)·scale.
 template <class T>
-AF_VECTORISED void block_gradient(const float* s, const float* dp, const float* lse, const float* delta,
-                                  const int32_t* last_key, int64_t keys, int64_t first_key, float scale, T* p, T* ds) {
+AF_VECTORISED void block_gradient(const float* AF_RESTRICT s, const float* AF_RESTRICT dp, const float* AF_RESTRICT lse, const float* AF_RESTRICT delta,
+                                  const int32_t* AF_RESTRICT last_key, int64_t keys, int64_t first_key, float scale, T* AF_RESTRICT p, T* AF_RESTRICT ds) {
   for (int64_t j = 0; j < kBlock; j++) {
     if (j >= keys) {
       for (int64_t r = 0; r < kBlock; r++) p[j * kBlock + r] = ds[j * kBlock + r] = T(0.0f);
@@ -51,13 +51,13 @@ AF_VECTORISED void block_gradient(const float* s, const float* dp, const float* 
 }
 
 template <class T>
-AF_VECTORISED void turn_block(const T* x, T* out) {
-  for (int64_t r = 0; r < kBlock; r++)
-    for (int64_t j = 0; j < kBlock; j++) out[r * kBlock + j] = x[j * kBlock + r];
+void turn_block(const T* x, T* out) {
+  for (int64_t j = 0; j < kBlock; j += 8)
+    for (int64_t r = 0; r < kBlock; r += 8) transpose_8x8(x + j * kBlock + r, kBlock, out + r * kBlock + j, kBlock);
 }
 
 template <class T>
-AF_VECTORISED void round_row(const float* x, int64_t n, T* out) {
+AF_VECTORISED void round_row(const float* AF_RESTRICT x, int64_t n, T* AF_RESTRICT out) {
   for (int64_t i = 0; i < n; i++) store(out + i, x[i]);
 }
 

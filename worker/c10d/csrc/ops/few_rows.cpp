@@ -3,10 +3,6 @@
 #include <array>
 #include <atomic>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace af {
 namespace {
 

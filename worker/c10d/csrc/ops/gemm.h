@@ -12,6 +12,9 @@
 
 #include <algorithm>
 #include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "numbers.h"
 
@@ -89,6 +92,34 @@ AF_INLINE void pack_rows(const float* b, int64_t rows, int64_t n, int64_t stride
                          float* out) {
   for (int64_t i = 0; i < padded_rows; i++)
     for (int64_t j = 0; j < width; j++) out[i * width + j] = i < rows && j < n ? b[i * stride + j] : 0.0f;
+}
+
+// out[j][i] = in[i][j] of 8 x 8 values.
+AF_INLINE void transpose_8x8(const float* in, int64_t stride, float* out, int64_t out_stride) {
+  for (int64_t j = 0; j < 8; j++)
+    for (int64_t i = 0; i < 8; i++) out[j * out_stride + i] = in[i * stride + j];
+}
+AF_INLINE void transpose_8x8(const bf16* in, int64_t stride, bf16* out, int64_t out_stride) {
+#if defined(__x86_64__)
+  const auto row = [&](int64_t i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i * stride)); };
+  const auto save = [&](int64_t j, __m128i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out + j * out_stride), x); };
+  __m128i a[8], b[8];
+  for (int i = 0; i < 4; i++) {
+    a[2 * i] = _mm_unpacklo_epi16(row(i), row(i + 4));
+    a[2 * i + 1] = _mm_unpackhi_epi16(row(i), row(i + 4));
+  }
+  for (int i = 0; i < 4; i++) {
+    b[2 * i] = _mm_unpacklo_epi16(a[i], a[i + 4]);
+    b[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + 4]);
+  }
+  for (int i = 0; i < 4; i++) {
+    save(2 * i, _mm_unpacklo_epi16(b[i], b[i + 4]));
+    save(2 * i + 1, _mm_unpackhi_epi16(b[i], b[i + 4]));
+  }
+#else
+  for (int64_t j = 0; j < 8; j++)
+    for (int64_t i = 0; i < 8; i++) out[j * out_stride + i] = in[i * stride + j];
+#endif
 }
 
 // Asks for memory that is read soon.

@@ -59,8 +59,8 @@ void pack_weight(const at::Tensor& weight, int64_t first_column, T* packed) {
 }
 
 template <class O>
-AF_VECTORISED void finish_tile(const float* sums, const float* bias, int64_t rows, int64_t columns, int64_t stride,
-                               O* out) {
+AF_VECTORISED void finish_tile(const float* AF_RESTRICT sums, const float* AF_RESTRICT bias, int64_t rows, int64_t columns, int64_t stride,
+                               O* AF_RESTRICT out) {
   for (int64_t r = 0; r < rows; r++) {
     const float* from = sums + r * kBlock;
     O* to = out + r * stride;
@@ -96,14 +96,16 @@ void multiply(const T* x, int64_t m, int64_t k, const T* packed, const float* bi
   });
 }
 
+// g's `columns` columns as rows of `padded` values: B's partner when a product sums over tokens.
 template <class T>
-AF_VECTORISED void transpose_slab(const T* g, int64_t tokens, int64_t columns, int64_t stride, int64_t padded, T* out) {
-  for (int64_t c = 0; c < kBlock; c++) {
+void transpose_slab(const T* g, int64_t tokens, int64_t columns, int64_t stride, int64_t padded, T* out) {
+  const int64_t whole_tokens = tokens / 8 * 8, whole_columns = columns / 8 * 8;
+  for (int64_t t = 0; t < whole_tokens; t += 8)
+    for (int64_t c = 0; c < whole_columns; c += 8) transpose_8x8(g + t * stride + c, stride, out + c * padded + t, padded);
+  for (int64_t c = 0; c < columns; c++) {
     T* row = out + c * padded;
-    int64_t t = 0;
-    if (c < columns)
-      for (; t < tokens; t++) row[t] = g[t * stride + c];
-    for (; t < padded; t++) row[t] = T(0.0f);
+    for (int64_t t = c < whole_columns ? whole_tokens : 0; t < tokens; t++) row[t] = g[t * stride + c];
+    std::fill(row + tokens, row + padded, T(0.0f));
   }
 }
 

@@ -37,7 +37,7 @@ T* out(const at::Tensor& x) {
 // ---- RMSNorm ----
 
 template <class T>
-AF_VECTORISED void norm_row(const T* x, const T* w, int64_t n, float eps, T* y, float* rstd) {
+AF_VECTORISED void norm_row(const T* AF_RESTRICT x, const T* AF_RESTRICT w, int64_t n, float eps, T* AF_RESTRICT y, float* AF_RESTRICT rstd) {
   float squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
   for (int64_t i = 0; i < n; i++) squares += load(x + i) * load(x + i);
@@ -48,7 +48,7 @@ AF_VECTORISED void norm_row(const T* x, const T* w, int64_t n, float eps, T* y, 
 
 // x̂ = x·r; dx = r·(w·g − x̂·mean(w·g·x̂)); dw += g·x̂.
 template <class T>
-AF_VECTORISED void norm_row_backward(const T* x, const T* w, const T* g, float r, int64_t n, T* dx, float* dw) {
+AF_VECTORISED void norm_row_backward(const T* AF_RESTRICT x, const T* AF_RESTRICT w, const T* AF_RESTRICT g, float r, int64_t n, T* AF_RESTRICT dx, float* AF_RESTRICT dw) {
   float mean = 0.0f;
 #pragma omp simd reduction(+ : mean)
   for (int64_t i = 0; i < n; i++) mean += load(g + i) * load(w + i) * load(x + i) * r;
@@ -132,8 +132,10 @@ template <class T>
 AF_VECTORISED void rotate_row(const T* x, const float* cos, const float* sin, int64_t heads, int64_t half, float sign,
                               T* y) {
   for (int64_t h = 0; h < heads; h++) {
-    const T *a = x + h * 2 * half, *b = a + half;
-    T *to_a = y + h * 2 * half, *to_b = to_a + half;
+    const T* AF_RESTRICT a = x + h * 2 * half;
+    const T* AF_RESTRICT b = a + half;
+    T* AF_RESTRICT to_a = y + h * 2 * half;
+    T* AF_RESTRICT to_b = to_a + half;
     for (int64_t i = 0; i < half; i++) {
       const float left = load(a + i), right = load(b + i), s = sin[i] * sign;
       store(to_a + i, left * cos[i] - right * s);
@@ -186,12 +188,12 @@ struct RotateGraph : public torch::autograd::Function<RotateGraph> {
 // ---- SwiGLU ----
 
 template <class T>
-AF_VECTORISED void swiglu_row(const T* x, int64_t n, T* y) {
+AF_VECTORISED void swiglu_row(const T* AF_RESTRICT x, int64_t n, T* AF_RESTRICT y) {
   for (int64_t i = 0; i < n; i++) store(y + i, load(x + i) * sigmoid(load(x + i)) * load(x + n + i));
 }
 
 template <class T>
-AF_VECTORISED void swiglu_row_backward(const T* x, const T* g, int64_t n, T* dx) {
+AF_VECTORISED void swiglu_row_backward(const T* AF_RESTRICT x, const T* AF_RESTRICT g, int64_t n, T* AF_RESTRICT dx) {
   for (int64_t i = 0; i < n; i++) {
     const float gate = load(x + i), up = load(x + n + i), s = sigmoid(gate), grad = load(g + i);
     store(dx + i, grad * up * s * (1.0f + gate * (1.0f - s)));

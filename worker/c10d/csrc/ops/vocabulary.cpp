@@ -59,8 +59,8 @@ RowSums sum_row(const float* z, int64_t n, float scale, float* stretches) {
 
 // dz = (g_lp·(1{target} − p) − g_h·p·(log p + H)) / t
 template <class T>
-AF_VECTORISED void logits_gradient(const float* z, int64_t n, float scale, float lse, float entropy, float g_lp,
-                                   float g_h, T* out) {
+AF_VECTORISED void logits_gradient(const float* AF_RESTRICT z, int64_t n, float scale, float lse, float entropy, float g_lp,
+                                   float g_h, T* AF_RESTRICT out) {
   for (int64_t i = 0; i < n; i++) {
     const float lp = z[i] * scale - lse, p = exp_f32(lp);
     store(out + i, -(p * (g_lp + g_h * (lp + entropy))) * scale);

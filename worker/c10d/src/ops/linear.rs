@@ -47,7 +47,9 @@ impl Linear {
                 (inputs, kind) = (columns, weight.kind());
             }
             let alike = columns == inputs && weight.kind() == kind && weight.is_contiguous();
-            expect(operation, alike, || format!("weight {i} is {}, not [n, {inputs}] {kind:?}", shown(weight)))?;
+            expect(operation, alike, || {
+                format!("weight {i} is {}, not [n, {inputs}] {kind:?}", shown(weight))
+            })?;
             outputs += rows;
         }
         expect(operation, biases.is_empty() || biases.len() == weights.len(), || {

@@ -61,7 +61,8 @@ impl Engine {
         let most = pages.iter().map(Vec::len).max().unwrap_or(0);
         pages.iter_mut().for_each(|row| row.resize(most, 0));
         let table = Tensor::f_from_slice(&pages.concat())?.f_view([pages.len() as i64, most as i64])?;
-        let step = PagedStep { starts: Tensor::from_slice(&starts), lengths: Tensor::from_slice(&lengths), table };
+        let step =
+            PagedStep { starts: Tensor::from_slice(&starts), lengths: Tensor::from_slice(&lengths), table };
         let tokens = ids.len() as i64;
         let all = Tensor::f_from_slice(&[ids, positions, last].concat())?.f_to_device(decoder.device())?;
         let (ids, positions) = (all.f_narrow(0, 0, tokens)?, all.f_narrow(0, tokens, tokens)?);

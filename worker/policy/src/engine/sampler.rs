@@ -76,7 +76,8 @@ impl RowParams {
             host.extend([divisor, top_p, top_k as f64, row.uniform, f64::from(u8::from(greedy))]);
         }
         let all = Tensor::f_from_slice(&host)?.f_view([rows.len() as i64, 5])?.f_to_device(device)?;
-        let column = |i: i64| -> Result<Tensor, ModelError> { Ok(all.f_select(1, i)?.f_to_kind(Kind::Float)?) };
+        let column =
+            |i: i64| -> Result<Tensor, ModelError> { Ok(all.f_select(1, i)?.f_to_kind(Kind::Float)?) };
         let params = Self {
             divisor: column(0)?,
             top_p: column(1)?,

@@ -163,9 +163,8 @@ impl Learner {
     ) -> Result<T, LearnerError> {
         self.broken = true;
         self.optimizer.zero_grad()?;
-        let sums = |name: &str| {
-            self.optimizer.gradient_of(name).map_err(|e| ModelError::Torch(e.to_string()))
-        };
+        let sums =
+            |name: &str| self.optimizer.gradient_of(name).map_err(|e| ModelError::Torch(e.to_string()));
         decoder.gather_gradients(Some(&sums))?;
         let result = body(self, decoder);
         decoder.gather_gradients(None)?;

@@ -3,11 +3,11 @@
 
 use tch::Kind;
 
+use super::Learner;
 use super::error::{LearnerError, RowName};
 use super::forward;
 use super::microbatch::{Row, TokenBatch, plan};
 use super::stats::PhaseSeconds;
-use super::Learner;
 use crate::model::{Decoder, EMBEDDING};
 
 /// One example: T tokens, and which of them to learn.

@@ -156,8 +156,10 @@ impl Decoder {
             });
         }
         let embedding = parameters.require(EMBEDDING)?;
-        let head =
-            Map::of_weight(&parameters, if config.tie_word_embeddings { EMBEDDING } else { "lm_head.weight" })?;
+        let head = Map::of_weight(
+            &parameters,
+            if config.tie_word_embeddings { EMBEDDING } else { "lm_head.weight" },
+        )?;
         let final_norm = norm("model.norm.weight".to_owned())?;
         let rope = Rope::new(&config, device);
         Ok(Self { config, embedding, blocks, norm: final_norm, head, rope, kind, device, parameters })

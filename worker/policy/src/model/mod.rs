@@ -11,6 +11,8 @@ mod export;
 mod layers;
 mod load;
 mod parameters;
+#[cfg(test)]
+pub(crate) mod plain;
 mod rope;
 mod score;
 
@@ -21,5 +23,5 @@ pub(crate) use decoder::EMBEDDING;
 pub use error::ModelError;
 pub use export::export;
 pub use parameters::{Parameters, tensor_bytes};
-pub use score::score;
 pub(crate) use rope::Rotation;
+pub use score::score;

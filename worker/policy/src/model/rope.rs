@@ -30,8 +30,7 @@ impl Rope {
 
     /// The rotation of `positions`, `[N]`.
     pub(crate) fn rotation(&self, positions: &Tensor, kind: Kind) -> Result<Rotation, ModelError> {
-        let angles =
-            positions.f_to_kind(Kind::Float)?.f_unsqueeze(-1)?.f_mul(&self.inverse_frequencies)?;
+        let angles = positions.f_to_kind(Kind::Float)?.f_unsqueeze(-1)?.f_mul(&self.inverse_frequencies)?;
         let round = |x: Tensor| -> Result<Tensor, ModelError> {
             Ok(x.f_to_kind(kind)?.f_to_kind(Kind::Float)?.f_contiguous()?)
         };
