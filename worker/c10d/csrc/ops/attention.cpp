@@ -76,19 +76,13 @@ void attend_tile(const Heads& heads, const T* q, int64_t stride, int64_t tokens,
   float* sums = scratch<float, 5>(rows * wide);
   float* totals = scratch<float, 6>(rows);
   gather_tile(q, stride, tokens, group, dim, tile);
-  // A decode step reads its cache once, from memory: only what is seen, and the next block on its way meanwhile. What
-  // is left out would be multiplied by 0.
+  // A decode step reads its cache once, from memory: only what is seen. What is left out would be multiplied by 0.
   const bool few = rows <= kFewRows;
   const auto seen = [&](int64_t b, int64_t step) {
     return few ? std::min(kBlock, round_up(first + tokens - b * kBlock, step)) : kBlock;
   };
-  for (int64_t b = 0; b < count; b++) {
-    if (few) {
-      fetch_ahead(values(b), value_numbers(dim) * static_cast<int64_t>(sizeof(T)));
-      if (b + 1 < count) fetch_ahead(keys(b + 1), key_numbers<T>(dim) * static_cast<int64_t>(sizeof(T)));
-    }
+  for (int64_t b = 0; b < count; b++)
     gemm_any_rows(rows, seen(b, 16), dim, dim, kBlock, kBlock, false, tile, keys(b), scores + b * rows * kBlock);
-  }
   for (int64_t r = 0; r < rows; r++)
     totals[r] = softmax_row(scores, rows, r, count, first + r / group + 1, scale, probs,
                             lse ? lse + r / group * heads.queries + r % group : nullptr);

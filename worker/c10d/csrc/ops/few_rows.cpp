@@ -119,9 +119,10 @@ void widen(const Product<T>& p, float* wide) {
     for (int64_t i = 0; i < p.k; i++) wide[r * p.k + i] = load(p.a + r * p.lda + i);
 }
 
-// All rows and columns by steps of at most 4 rows and 32 columns: what stays in registers.
-#define AF_STEP(order, R)                                                       \
-  for (; column + 32 <= p.n; column += 32) order<R, 2>(p, from, row, column);   \
+// All rows and columns by steps of as many as stay in registers; whole rows of B where they do, for memory is read
+// fastest in order.
+#define AF_STEP(order, R, C)                                                         \
+  for (; column + 16 * C <= p.n; column += 16 * C) order<R, C>(p, from, row, column); \
   for (; column < p.n; column += 16) order<R, 1>(p, from, row, column);
 #define AF_BY_ROWS(name, order, T)                         \
   void name(const Product<T>& p) {                         \
@@ -131,10 +132,10 @@ void widen(const Product<T>& p, float* wide) {
       const float* from = wide + row * p.k;                \
       int64_t column = 0;                                  \
       switch (std::min<int64_t>(4, p.m - row)) {           \
-        case 1: AF_STEP(order, 1) break;                   \
-        case 2: AF_STEP(order, 2) break;                   \
-        case 3: AF_STEP(order, 3) break;                   \
-        default: AF_STEP(order, 4) break;                  \
+        case 1: AF_STEP(order, 1, 4) break;                   \
+        case 2: AF_STEP(order, 2, 4) break;                   \
+        case 3: AF_STEP(order, 3, 4) break;                   \
+        default: AF_STEP(order, 4, 2) break;                  \
       }                                                    \
     }                                                      \
   }
