@@ -29,10 +29,22 @@ lint: setup ## Format and clippy, as CI does
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 
-bench: setup ## Measure decode, training and the sandbox on one core each (JSON lines and a table)
-	OMP_NUM_THREADS=1 cargo run --release --locked -q -p agentfly-policy --example decode_speed
-	OMP_NUM_THREADS=1 cargo run --release --locked -q -p agentfly-policy --example train_speed
+# What only the benchmark reads from the environment; MODEL is another default here than for `make train`.
+BENCH_BINARIES := -p agentfly-policy --example engine_bench -p agentfly-agent --example bench_work
+BENCH_MODEL := $(if $(filter file,$(origin MODEL)),smollm2,$(MODEL))
+
+bench: setup ## Measure engine and learner on the tiny model, and the sandbox (no peers; minutes)
+	cargo build --release --locked $(BENCH_BINARIES)
+	python3 deploy/bench/bench_engine.py --model tiny --no-peers --only rollout,multi_turn,learner
 	cargo run --release --locked -q -p agentfly-sandbox --example bench
+
+bench-engine: setup ## Measure engine and learner beside the peers; MODEL=smollm2 ONLY=rollout,learner DTYPE=bf16 REPEATS=3 …
+	cargo build --release --locked $(BENCH_BINARIES)
+	@[ "$(BENCH_MODEL)" != smollm2 ] || [ -f deploy/models/smollm2/config.json ] || $(MAKE) --no-print-directory smollm2
+	MODEL=$(BENCH_MODEL) python3 deploy/bench/bench_engine.py
+
+bench-setup: ## Install the peers that bench-engine measures: transformers, TRL, vLLM (12 GB, once)
+	@deploy/bench/setup.sh
 
 deny: ## Bans, licences and sources of all dependencies (installs cargo-deny once)
 	@command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
@@ -51,4 +63,4 @@ tiny-model: build ## Make deploy/models/tiny again: tokenizer, demonstrations, s
 clean: ## Remove what was built (not what was fetched, not your runs)
 	cargo clean
 
-.PHONY: help setup build train test lint bench deny smollm2 data tiny-model clean
+.PHONY: help setup build train test lint bench bench-engine bench-setup deny smollm2 data tiny-model clean

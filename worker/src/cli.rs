@@ -5,13 +5,14 @@ use std::process::ExitCode;
 
 use agentfly_common::error::Whose;
 use agentfly_common::telemetry::{LogTo, init};
+use agentfly_policy::environment::with_environment_for_libtorch;
 use agentfly_proto::v1::RankId;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{generate, score, warmup};
 use crate::connection::{join_token, own_address_towards};
 use crate::node::{DeviceRequest, NodeOptions};
-use crate::process::{die_with_parent, with_environment_for_libtorch};
+use crate::process::die_with_parent;
 use crate::rank::{Address, DeviceName, RankError, RankOptions};
 
 /// A node of the cluster: generates rollouts and trains.

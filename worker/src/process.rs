@@ -1,6 +1,4 @@
-//! What a process needs around it: a parent it does not outlive, and an environment that libtorch computes well in.
-
-use std::os::unix::process::CommandExt as _;
+//! What a process needs around it: a parent it does not outlive.
 
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 
@@ -17,41 +15,4 @@ pub fn die_with_parent(parent_pid: u32) -> anyhow::Result<()> {
         "the process that started this one (pid {parent_pid}) is gone; this one ends too"
     );
     Ok(())
-}
-
-/// Read once, before `main`, by the libraries below libtorch: it can only be given to a new process. What the user
-/// has set stays.
-///
-/// - glibc hands big blocks back to the kernel at once and takes them again page by page; training allocates and
-///   frees gigabytes a second, so that costs more than the arithmetic. Keep them instead.
-/// - OpenMP's threads spin while they wait for each other. Where anything else wants a core that slows a step down
-///   many times over, and on an idle machine it gains nothing measurable on small models: wait asleep.
-/// - Errors come back as values; c10d's warnings are stack traces.
-const FOR_LIBTORCH: [(&str, &str); 3] = [
-    (
-        "GLIBC_TUNABLES",
-        "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592:\
-         glibc.malloc.top_pad=67108864",
-    ),
-    ("OMP_WAIT_POLICY", "PASSIVE"),
-    ("TORCH_CPP_LOG_LEVEL", "ERROR"),
-];
-
-/// The part of it that is not set yet.
-pub fn missing_for_libtorch() -> impl Iterator<Item = (&'static str, &'static str)> {
-    FOR_LIBTORCH.into_iter().filter(|(name, _)| std::env::var_os(name).is_none())
-}
-
-/// Starts this program again, in its place, with what [`missing_for_libtorch`] says; does nothing where nothing is
-/// missing.
-///
-/// # Errors
-/// When the program cannot be started again.
-pub fn with_environment_for_libtorch() -> std::io::Result<()> {
-    let missing: Vec<_> = missing_for_libtorch().collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    let mut again = std::process::Command::new(std::env::current_exe()?);
-    Err(again.args(std::env::args_os().skip(1)).envs(missing).exec())
 }

@@ -6,6 +6,7 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use agentfly_policy::environment::missing_for_libtorch;
 use agentfly_proto::v1::{NodeMessage, RankExited, RankId, StartRank, StopRanks, node_message::Kind as Say};
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
@@ -13,7 +14,6 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 
 use super::NodeOptions;
-use crate::process::missing_for_libtorch;
 
 /// Lines kept of what a rank said last.
 const LAST_WORDS: usize = 30;
