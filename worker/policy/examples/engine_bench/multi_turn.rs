@@ -61,6 +61,7 @@ pub(crate) fn serve(decoder: &Decoder, work: &Work, args: &EngineArgs) -> anyhow
             "prefill_tokens": after.prefill_tokens - before.prefill_tokens,
             "shared_tokens": after.shared_tokens - before.shared_tokens,
             "evictions": after.evictions - before.evictions,
+            "preemptions": after.preemptions - before.preemptions,
             "idle_seconds": run.idle.as_secs_f64(),
         }))
     })

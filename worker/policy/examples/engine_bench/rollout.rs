@@ -25,8 +25,12 @@ struct Request {
 
 /// An engine for the decoder.
 pub(crate) fn engine(decoder: &Decoder, slots: usize, window: usize) -> Engine {
-    let limits =
-        EngineConfig { max_slots: slots, max_tokens_per_chain: window, max_prefill_tokens: PREFILL_TOKENS };
+    let limits = EngineConfig {
+        max_slots: slots,
+        cache_tokens: slots.saturating_mul(window),
+        max_tokens_per_chain: window,
+        max_prefill_tokens: PREFILL_TOKENS,
+    };
     Engine::new(limits, decoder.config())
 }
 
