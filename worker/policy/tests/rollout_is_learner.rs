@@ -76,7 +76,9 @@ fn a_rollouts_log_probs_are_the_learners_to_the_bit() {
         for kind in [Kind::Float, Kind::BFloat16] {
             let mut decoder = model(family, 3).cast(kind, Device::Cpu).expect("it is small");
             if !has_kernels(&Tensor::zeros([1], (kind, Device::Cpu))) {
-                eprintln!("{kind:?} not checked: this CPU lacks the instructions, and libtorch's own products decide");
+                eprintln!(
+                    "{kind:?} not checked: this CPU lacks the instructions, and libtorch's own products decide"
+                );
                 continue;
             }
             let rows = rollout(&decoder);

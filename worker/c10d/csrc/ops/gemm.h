@@ -12,9 +12,6 @@
 
 #include <algorithm>
 #include <vector>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include "numbers.h"
 
@@ -40,6 +37,7 @@ AF_INLINE void gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, i
 
 // Gives the tile unit back; the micro-kernel sets it up again by itself.
 struct GemmScope {
+  FlushTiny flush;
   bool vnni;
   explicit GemmScope(bool is_bf16) : vnni(is_bf16) {}
   ~GemmScope() { at::native::cpublas::brgemm_release(vnni); }

@@ -7,6 +7,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 // A function is compiled for AVX-512, for AVX2 and for any x86-64, and the machine's is chosen when it is loaded.
 #if defined(__x86_64__)
@@ -19,6 +22,19 @@
 #define AF_INLINE inline __attribute__((always_inline))
 
 namespace af {
+
+// While it lives, this thread rounds numbers below 1e-38 to 0, as the matrix unit does: probabilities of next to
+// nothing times small gradients make many of them, and each costs a hundred additions.
+class FlushTiny {
+#if defined(__x86_64__)
+ public:
+  FlushTiny() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040u); }
+  ~FlushTiny() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
+};
 
 using bf16 = c10::BFloat16;
 

@@ -77,6 +77,7 @@ at::Tensor norm_forward(const at::Tensor& x, const at::Tensor& weight, double ep
   by_kind(x, [&](auto zero) {
     using T = decltype(zero);
     at::parallel_for(0, rows, grain(n), [&](int64_t begin, int64_t end) {
+      const FlushTiny flush;
       for (int64_t i = begin; i < end; i++)
         norm_row(in<T>(x) + i * n, in<T>(weight), n, static_cast<float>(eps), out<T>(y) + i * n, rs ? rs + i : nullptr);
     });
@@ -114,6 +115,7 @@ struct NormGraph : public torch::autograd::Function<NormGraph> {
     by_kind(x, [&](auto zero) {
       using T = decltype(zero);
       at::parallel_for(0, stretches, 1, [&](int64_t begin, int64_t end) {
+        const FlushTiny flush;
         for (int64_t s = begin; s < end; s++)
           for (int64_t i = s * stretch; i < std::min(rows, (s + 1) * stretch); i++)
             norm_row_backward(in<T>(x) + i * n, in<T>(weight), in<T>(g) + i * n, rstd.const_data_ptr<float>()[i], n,
@@ -157,6 +159,7 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
   by_kind(x, [&](auto zero) {
     using T = decltype(zero);
     at::parallel_for(0, rows, grain(x.size(1)), [&](int64_t begin, int64_t end) {
+      const FlushTiny flush;
       for (int64_t i = begin; i < end; i++) {
         const T* from = in<T>(x) + i * width;
         T* to = out<T>(y) + i * width;
@@ -211,6 +214,7 @@ at::Tensor swiglu_forward(const at::Tensor& x) {
   by_kind(x, [&](auto zero) {
     using T = decltype(zero);
     at::parallel_for(0, rows, grain(x.size(1)), [&](int64_t begin, int64_t end) {
+      const FlushTiny flush;
       for (int64_t i = begin; i < end; i++) swiglu_row(in<T>(x) + i * 2 * n, n, out<T>(y) + i * n);
     });
   });
@@ -237,6 +241,7 @@ struct SwigluGraph : public torch::autograd::Function<SwigluGraph> {
     by_kind(x, [&](auto zero) {
       using T = decltype(zero);
       at::parallel_for(0, rows, grain(x.size(1)), [&](int64_t begin, int64_t end) {
+        const FlushTiny flush;
         for (int64_t i = begin; i < end; i++)
           swiglu_row_backward(in<T>(x) + i * 2 * n, in<T>(g) + i * n, n, out<T>(dx) + i * 2 * n);
       });

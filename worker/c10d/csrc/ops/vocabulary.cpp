@@ -78,6 +78,7 @@ void gradient_rows(const at::Tensor& logits, const at::Tensor& targets, float sc
               *g_h = column(g_entropy);
   T* to = static_cast<T*>(out.mutable_data_ptr());
   at::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
+    const FlushTiny flush;
     for (int64_t i = begin; i < end; i++) {
       logits_gradient(z + i * n, n, scale, lse[i], entropy[i], g_lp[i], g_h[i], to + i * n);
       // The target's own term, from its probability and not from a rounded difference.
@@ -170,6 +171,7 @@ TokenTerms token_terms(const at::Tensor& logits, const at::Tensor& targets, doub
   float *log_prob = terms.log_prob.mutable_data_ptr<float>(), *entropy = terms.entropy.mutable_data_ptr<float>(),
         *lse = terms.lse.mutable_data_ptr<float>();
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    const FlushTiny flush;
     for (int64_t i = begin; i < end; i++) {
       const RowSums row = sum_row(z + i * n, n, static_cast<float>(1.0 / temperature), nullptr);
       log_prob[i] = row.log_prob(z[i * n + target[i]]);
@@ -205,6 +207,7 @@ void sample(const at::Tensor& logits, const Draw* draws, int64_t* tokens, float*
   const int64_t rows = logits.size(0), n = logits.size(1);
   const float* z = logits.const_data_ptr<float>();
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    const FlushTiny flush;
     std::vector<float> stretches((n + kStretch - 1) / kStretch);
     for (int64_t i = begin; i < end; i++) {
       const double temperature = draws[i].temperature == 0.0 ? 1.0 : draws[i].temperature;
