@@ -202,8 +202,25 @@ at::Tensor heads_of(const at::Tensor& qkv, int64_t first, int64_t count, int64_t
   return qkv.narrow(1, first * dim, count * dim).reshape({qkv.size(0), count, dim}).transpose(0, 1).unsqueeze(0);
 }
 
+// On GPUs FlashAttention takes all sequences as they lie, forward and back.
+at::Tensor flash_attention(const at::Tensor& qkv, const at::Tensor& starts, const Heads& heads) {
+  const int64_t* start = starts.const_data_ptr<int64_t>();
+  int64_t longest = 0;
+  for (int64_t s = 0; s + 1 < starts.size(0); s++) longest = std::max(longest, start[s + 1] - start[s]);
+  const at::Tensor rows = qkv.view({qkv.size(0), heads.queries + 2 * heads.keys, heads.dim});
+  const at::Tensor q = rows.narrow(1, 0, heads.queries), k = rows.narrow(1, heads.queries, heads.keys),
+                   v = rows.narrow(1, heads.queries + heads.keys, heads.keys);
+  const at::Tensor ends = starts.to(at::kInt).to(qkv.device());
+  const auto mixed = at::_flash_attention_forward(q, k, v, ends, ends, longest, longest, /*dropout_p=*/0.0,
+                                                  /*is_causal=*/true, /*return_debug_mask=*/false);
+  return std::get<0>(mixed).reshape({qkv.size(0), heads.queries * heads.dim});
+}
+
 // Where there is no micro-kernel: libtorch's own attention, a sequence at a time.
 at::Tensor plain_attention(const at::Tensor& qkv, const at::Tensor& starts, const Heads& heads) {
+  const bool half = qkv.scalar_type() == at::kBFloat16 || qkv.scalar_type() == at::kHalf;
+  if (qkv.is_cuda() && half && heads.dim % 8 == 0 && heads.dim <= 256)
+    return flash_attention(qkv.contiguous(), starts, heads);
   const int64_t* start = starts.const_data_ptr<int64_t>();
   std::vector<at::Tensor> mixed;
   for (int64_t s = 0; s + 1 < starts.size(0); s++) {
