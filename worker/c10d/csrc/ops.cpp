@@ -55,6 +55,7 @@ int af_linear_backward(AfLinear* linear, void* x, void* gradient, void** out) {
   return guarded([&] {
     at::NoGradGuard no_grad;
     TORCH_CHECK(linear->map.weights.size() == 1, "only a single map is turned back by itself");
+    linear->map.check();
     if (!linear->map.grads.empty()) af::add_weight_gradient(as_tensor(gradient), as_tensor(x), linear->map.grads[0]);
     give(out, at::mm(as_tensor(gradient), linear->map.weights[0]));
   });

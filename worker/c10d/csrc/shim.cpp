@@ -76,6 +76,13 @@ std::vector<at::Tensor> as_tensors(void** tensors, size_t count) {
   return list;
 }
 
+// Counts a change in place, as libtorch's operators do by themselves and what writes past them does not: a linear map
+// would go on with the weights it has packed.
+const at::Tensor& changed(const at::Tensor& tensor) {
+  tensor.unsafeGetTensorImpl()->bump_version();
+  return tensor;
+}
+
 template <class F>
 int submit(AfWork** out, F&& start) noexcept {
   return guarded([&] { *out = new AfWork{start()}; });
@@ -166,7 +173,7 @@ void af_group_drop(AfGroup* group) {
 
 int af_all_reduce(AfGroup* group, void* tensor, int op, AfWork** out) {
   return submit(out, [&] {
-    std::vector<at::Tensor> tensors{as_tensor(tensor)};
+    std::vector<at::Tensor> tensors{changed(as_tensor(tensor))};
     c10d::AllreduceOptions options;
     options.reduceOp = as_reduce_op(op);
     return group->backend->allreduce(tensors, options);
@@ -175,7 +182,7 @@ int af_all_reduce(AfGroup* group, void* tensor, int op, AfWork** out) {
 
 int af_broadcast(AfGroup* group, void* tensor, int root, AfWork** out) {
   return submit(out, [&] {
-    std::vector<at::Tensor> tensors{as_tensor(tensor)};
+    std::vector<at::Tensor> tensors{changed(as_tensor(tensor))};
     c10d::BroadcastOptions options;
     options.rootRank = root;
     return group->backend->broadcast(tensors, options);
@@ -183,13 +190,17 @@ int af_broadcast(AfGroup* group, void* tensor, int root, AfWork** out) {
 }
 
 int af_all_gather(AfGroup* group, void* output, void* input, AfWork** out) {
-  return submit(out, [&] { return group->backend->_allgather_base(as_tensor(output), as_tensor(input)); });
+  return submit(out, [&] {
+    changed(as_tensor(output));
+    return group->backend->_allgather_base(as_tensor(output), as_tensor(input));
+  });
 }
 
 int af_reduce_scatter(AfGroup* group, void* output, void* input, int op, AfWork** out) {
   return submit(out, [&] {
     c10d::ReduceScatterOptions options;
     options.reduceOp = as_reduce_op(op);
+    changed(as_tensor(output));
     return group->backend->_reduce_scatter_base(as_tensor(output), as_tensor(input), options);
   });
 }
@@ -203,7 +214,7 @@ int af_send(AfGroup* group, void* tensor, int destination, int tag, AfWork** out
 
 int af_recv(AfGroup* group, void* tensor, int source, int tag, AfWork** out) {
   return submit(out, [&] {
-    std::vector<at::Tensor> tensors{as_tensor(tensor)};
+    std::vector<at::Tensor> tensors{changed(as_tensor(tensor))};
     return group->backend->recv(tensors, source, tag);
   });
 }
@@ -234,6 +245,8 @@ int af_fused_adamw(void** params, void** grads, void** exp_avgs, void** exp_avg_
     auto v = as_tensors(exp_avg_sqs, count);
     auto s = as_tensors(steps, count);
     at::_fused_adamw_(p, g, m, v, {}, s, lr, beta1, beta2, weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false);
+    for (const auto* list : {&p, &m, &v})
+      for (const auto& tensor : *list) changed(tensor);
   });
 }
 

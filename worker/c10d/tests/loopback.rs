@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use agentfly_c10d::ops::Linear;
 use agentfly_c10d::{ErrorKind, Group, ReduceOp, Store};
 use tch::{Device, Kind, Tensor};
 
@@ -178,4 +179,23 @@ fn an_nccl_group_says_what_it_lacks() {
     let (store, _) = Store::serve("127.0.0.1", 0, DEADLINE).unwrap();
     let error = Group::nccl(&store, 0, 1, 0, DEADLINE).unwrap_err();
     assert_eq!(error.kind, ErrorKind::Unsupported, "{error}");
+}
+
+#[test]
+fn a_linear_map_sees_weights_that_arrive() {
+    let results = ranks(2, DEADLINE, |group| {
+        let mut weight = Tensor::ones([16, 16], (Kind::Float, Device::Cpu)) * (group.rank() as f64 + 1.0);
+        let map = Linear::new(&[&weight], &[]).unwrap();
+        let x = Tensor::ones([1, 16], (Kind::Float, Device::Cpu));
+        let mut seen = vec![map.apply(&x).unwrap().double_value(&[0, 15])];
+        group.all_reduce(&mut weight, ReduceOp::Sum).unwrap();
+        seen.push(map.apply(&x).unwrap().double_value(&[0, 15]));
+        if group.rank() == 1 {
+            weight = weight.fill_(7.0);
+        }
+        group.broadcast(&mut weight, 1).unwrap();
+        seen.push(map.apply(&x).unwrap().double_value(&[0, 15]));
+        seen
+    });
+    assert_eq!(results, [[16.0, 48.0, 112.0], [32.0, 48.0, 112.0]]);
 }

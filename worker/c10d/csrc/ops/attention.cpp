@@ -60,7 +60,8 @@ AF_VECTORISED float softmax_row(const float* AF_RESTRICT scores, int64_t rows, i
 template <class T>
 AF_VECTORISED void finish_row(const float* AF_RESTRICT sums, float total, int64_t dim, T* AF_RESTRICT out) {
   const float share = 1.0f / total;
-  for (int64_t d = 0; d < dim; d++) store(out + d, sums[d] * share);
+  // What is left out of a short product would have turned -0 into 0.
+  for (int64_t d = 0; d < dim; d++) store(out + d, sums[d] * share + 0.0f);
 }
 
 // Queries `q` (a token's row `stride` apart) at positions from `first` on; keys(b) and values(b) are packed blocks.
@@ -259,9 +260,10 @@ at::Tensor plain_paged_attention(const at::Tensor& qkv, const Paged& paged, cons
   };
   cache.select(2, 0).index_put_({pages, Slice(), offsets}, part(heads.queries));
   cache.select(2, 1).index_put_({pages, Slice(), offsets}, part(heads.queries + heads.keys));
-  // [s, most pages] → [s, keys, tokens, dim]
+  // [s, most pages] → [s, keys, tokens, dim]. Places that a chain does not need may hold anything.
   const auto read = [&](const at::Tensor& table, int64_t which) {
-    const at::Tensor picked = cache.select(2, which).index({table.to(qkv.device())});
+    const at::Tensor inside = table.clamp(0, cache.size(0) - 1).to(qkv.device());
+    const at::Tensor picked = cache.select(2, which).index({inside});
     return picked.transpose(1, 2).reshape({table.size(0), heads.keys, table.size(1) * kBlock, dim});
   };
   const auto mask = [&](const at::Tensor& last) {

@@ -144,6 +144,18 @@ void sum_weight_gradient(const at::Tensor& g, const at::Tensor& x, float* sum) {
   }
 }
 
+// Every change in place counts a tensor's version up.
+std::vector<int64_t> versions_of(const std::vector<at::Tensor>& tensors) {
+  std::vector<int64_t> versions;
+  for (const auto& tensor : tensors) versions.push_back(tensor._version());
+  return versions;
+}
+
+void check_sum(const at::Tensor& sum, const at::Tensor& like, at::IntArrayRef shape) {
+  TORCH_CHECK(sum.sizes() == shape && sum.is_contiguous() && sum.device() == like.device(), "a gradient's sum became ",
+              sum.sizes(), " where ", shape, " belongs");
+}
+
 // Autograd's view: y depends on x; what the weights get is added on the way.
 struct LinearGraph : public torch::autograd::Function<LinearGraph> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, int64_t map, bool wide) {
@@ -152,6 +164,7 @@ struct LinearGraph : public torch::autograd::Function<LinearGraph> {
     ctx->saved_data["weights"] = linear.weights;
     ctx->saved_data["grads"] = linear.grads;
     ctx->saved_data["bias_grads"] = linear.bias_grads;
+    ctx->saved_data["versions"] = versions_of(linear.weights);
     return linear.forward(x, wide);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -160,6 +173,8 @@ struct LinearGraph : public torch::autograd::Function<LinearGraph> {
     const at::Tensor x = ctx->get_saved_variables()[0];
     const at::Tensor g = outputs[0].to(x.scalar_type()).contiguous();
     const auto weights = ctx->saved_data["weights"].toTensorVector();
+    TORCH_CHECK(versions_of(weights) == ctx->saved_data["versions"].toIntVector(),
+                "a weight was changed in place between a linear map's way forward and its way back");
     auto grads = ctx->saved_data["grads"].toTensorVector();
     auto bias_grads = ctx->saved_data["bias_grads"].toTensorVector();
     at::Tensor gx;
@@ -179,6 +194,7 @@ struct LinearGraph : public torch::autograd::Function<LinearGraph> {
 }  // namespace
 
 void add_weight_gradient(const at::Tensor& g, const at::Tensor& x, at::Tensor sum) {
+  check_sum(sum, x, {g.size(1), x.size(1)});
   if (!has_gemm(x)) {
     sum.add_(at::mm(g.t(), x).to(at::kFloat));
   } else if (x.scalar_type() == at::kBFloat16) {
@@ -189,9 +205,8 @@ void add_weight_gradient(const at::Tensor& g, const at::Tensor& x, at::Tensor su
 }
 
 const at::Tensor& Linear::packed() {
-  // Every change in place counts a tensor's version up: packed weights can never be those of an older policy.
-  std::vector<uint32_t> versions;
-  for (const auto& weight : weights) versions.push_back(weight._version());
+  // Packed weights can never be those of an older policy.
+  const auto versions = versions_of(weights);
   if (packed_.defined() && versions == packed_versions_) return packed_;
   if (!packed_.defined()) packed_ = at::zeros({blocks(outputs) * kBlock * inputs}, weights[0].options());
   int64_t column = 0;
@@ -236,9 +251,24 @@ at::Tensor Linear::forward(const at::Tensor& input, bool wide) {
   return y;
 }
 
+void Linear::check() const {
+  int64_t rows = 0;
+  for (const auto& weight : weights) {
+    TORCH_CHECK(weight.dim() == 2 && weight.size(1) == inputs && weight.is_contiguous(), "a weight became ",
+                weight.sizes(), " where rows of ", inputs, " belong");
+    rows += weight.size(0);
+  }
+  TORCH_CHECK(rows == outputs, "the weights became ", rows, " rows where ", outputs, " belong");
+  int64_t shifts = 0;
+  for (const auto& bias : biases) shifts += bias.numel();
+  TORCH_CHECK(biases.empty() || shifts == outputs, "the biases became ", shifts, " where ", outputs, " belong");
+}
+
 at::Tensor Linear::apply(const at::Tensor& x, bool wide) {
+  check();
+  // Dense before it is recorded: the way back reads the same rows.
   if (at::GradMode::is_enabled() && x.requires_grad())
-    return LinearGraph::apply(x, reinterpret_cast<int64_t>(this), wide);
+    return LinearGraph::apply(x.contiguous(), reinterpret_cast<int64_t>(this), wide);
   return forward(x, wide);
 }
 

@@ -21,10 +21,13 @@ struct Linear {
   // y without autograd.
   at::Tensor forward(const at::Tensor& x, bool wide);
 
+  // An error unless weights and sums still have the shapes that they came with: kernels write by them.
+  void check() const;
+
  private:
   const at::Tensor& packed();
   at::Tensor packed_;
-  std::vector<uint32_t> packed_versions_;
+  std::vector<int64_t> packed_versions_;
 };
 
 // sum += gᵀ · x, f32 [n, k]; g [m, n] and x [m, k] of one kind. Rows of g may lie apart.

@@ -54,10 +54,11 @@ AF_INLINE float load(const float* p) { return *p; }
 AF_INLINE float load(const bf16* p) { return bits_to_float(static_cast<uint32_t>(p->x) << 16); }
 
 AF_INLINE void store(float* p, float value) { *p = value; }
-// To the nearest, ties to even.
+// To the nearest, ties to even. A NaN is given apart: rounding could carry its bits into those of a number.
 AF_INLINE void store(bf16* p, float value) {
   const uint32_t bits = float_to_bits(value);
-  p->x = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  p->x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : nearest);
 }
 
 // The value after a round trip through T.
@@ -68,7 +69,7 @@ AF_INLINE float rounded(float value) {
   return load(&t);
 }
 
-// e^x to about 1e-7 of its value, 0 below -87.3. Cephes' reduction and polynomial.
+// e^x to about 1e-7 of its value, 0 below -87.3, NaN of NaN. Cephes' reduction and polynomial.
 AF_INLINE float exp_f32(float x) {
   const float clamped = x < -87.3f ? -87.3f : (x > 88.3f ? 88.3f : x);
   const float shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
@@ -83,7 +84,8 @@ AF_INLINE float exp_f32(float x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   const float scaled = bits_to_float(float_to_bits(p) + ((float_to_bits(shifted) & 0x1ffu) << 23));
-  return x < -87.3f ? 0.0f : scaled;
+  // A NaN's own bits would be taken for an exponent.
+  return x < -87.3f ? 0.0f : (x == x ? scaled : x);
 }
 
 AF_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_f32(-x)); }

@@ -87,7 +87,7 @@ at::Tensor norm_forward(const at::Tensor& x, const at::Tensor& weight, double ep
 
 struct NormGraph : public torch::autograd::Function<NormGraph> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
-                            const at::Tensor& grad, double eps) {
+                            const std::optional<at::Tensor>& grad, double eps) {
     at::Tensor rstd;
     const at::Tensor y = norm_forward(x, weight, eps, &rstd);
     ctx->save_for_backward({x, weight, rstd});
@@ -100,12 +100,12 @@ struct NormGraph : public torch::autograd::Function<NormGraph> {
     const auto saved = ctx->get_saved_variables();
     const at::Tensor &x = saved[0], &weight = saved[1], &rstd = saved[2];
     const at::Tensor g = outputs[0].contiguous();
-    at::Tensor grad = ctx->saved_data["grad"].toTensor();
+    const auto grad = ctx->saved_data["grad"].toOptional<at::Tensor>();
     const int64_t n = weight.size(0), rows = x.numel() / n;
     if (!fast(x)) {
       const at::Tensor normed = x.to(at::kFloat) * rstd, wide = g.to(at::kFloat), wg = wide * weight.to(at::kFloat);
       const at::Tensor dx = rstd * (wg - normed * (wg * normed).mean(-1, true));
-      if (grad.defined()) grad.add_((wide * normed).reshape({rows, n}).sum(0));
+      if (grad) grad->add_((wide * normed).reshape({rows, n}).sum(0));
       return {dx.to(x.scalar_type()), at::Tensor(), at::Tensor(), at::Tensor()};
     }
     const at::Tensor dx = at::empty_like(x);
@@ -122,7 +122,7 @@ struct NormGraph : public torch::autograd::Function<NormGraph> {
                               out<T>(dx) + i * n, sums.mutable_data_ptr<float>() + s * n);
       });
     });
-    if (grad.defined()) grad.add_(sums.sum(0));
+    if (grad) grad->add_(sums.sum(0));
     return {dx, at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
@@ -256,7 +256,8 @@ bool recorded(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requ
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& grad, double eps) {
   const at::Tensor dense = x.contiguous();
-  return recorded(x) ? NormGraph::apply(dense, weight, grad, eps) : norm_forward(dense, weight, eps, nullptr);
+  if (!recorded(x)) return norm_forward(dense, weight, eps, nullptr);
+  return NormGraph::apply(dense, weight, grad.defined() ? std::optional<at::Tensor>(grad) : std::nullopt, eps);
 }
 
 at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, int64_t heads) {

@@ -30,7 +30,7 @@ AF_VECTORISED void sum_stretch(const float* z, int64_t n, float most, float scal
   for (int64_t i = 0; i < n; i++) {
     const float x = (z[i] - most) * scale, e = exp_f32(x);
     s += e;
-    w += e * x;
+    w += e > 0.0f ? e * x : 0.0f;  // what is ruled out has x = -infinity
   }
   *sum = s;
   *weighted = w;
@@ -40,7 +40,10 @@ struct RowSums {
   float most, scale;
   double total, weighted;
   float lse() const { return most * scale + static_cast<float>(std::log(total)); }
-  float log_prob(float z) const { return z * scale - lse(); }
+  // Not from lse(): far from zero the difference of two large numbers would lose the small one.
+  float log_prob(float z) const {
+    return static_cast<float>((static_cast<double>(z) - most) * scale - std::log(total));
+  }
   float entropy() const { return static_cast<float>(std::log(total) - weighted / total); }
 };
 
@@ -142,13 +145,14 @@ int64_t draw_restricted(const float* z, int64_t n, const RowSums& row, const Dra
   // A token is in the nucleus if those before it do not reach its mass: what is kept is a prefix.
   size_t count = 0;
   while (count < kept.size() && (count == 0 || mass[count - 1] < nucleus)) count++;
-  if (count == 0) return 0;  // the logits hold no number: the log-prob says so
   const double aim = draw.uniform * mass[count - 1];
   const size_t at = std::lower_bound(mass.begin(), mass.begin() + count, aim) - mass.begin();
   return kept[std::min(at, count - 1)];
 }
 
 int64_t draw_row(const float* z, int64_t n, const RowSums& row, const float* stretches, const Draw& draw) {
+  // Among NaNs there is no order to sort by, nor any mass. The log-prob says so.
+  if (!std::isfinite(row.total)) return 0;
   if (draw.temperature == 0.0) return std::max_element(z, z + n) - z;
   if (draw.top_k < n || draw.top_p < 1.0) return draw_restricted(z, n, row, draw);
   return draw_any(z, n, row, stretches, draw.uniform);

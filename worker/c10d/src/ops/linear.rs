@@ -2,9 +2,9 @@
 
 use std::ffi::c_void;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use super::{expect, expect_rows, ffi, one, shown};
+use super::{expect, expect_rows, ffi, is, is_floating, one, shown, size};
 use crate::Result;
 use crate::error::check;
 use crate::group::pointer;
@@ -18,6 +18,7 @@ pub struct Linear {
     inputs: i64,
     outputs: i64,
     kind: Kind,
+    device: Device,
     biased: bool,
 }
 
@@ -35,20 +36,20 @@ impl Linear {
         let first = weights.first();
         expect(operation, first.is_some(), || "of no weights".to_owned())?;
         let mut outputs = 0;
-        let (mut inputs, mut kind) = (0, Kind::Float);
+        let (mut inputs, mut kind, mut device) = (0, Kind::Float, Device::Cpu);
         for (i, weight) in weights.iter().enumerate() {
-            let &[rows, columns] = weight.size().as_slice() else {
+            let &[rows, columns] = size(weight).as_slice() else {
                 return Err(crate::Error::invalid(
                     operation,
                     format!("weight {i} is {}, no matrix", shown(weight)),
                 ));
             };
             if i == 0 {
-                (inputs, kind) = (columns, weight.kind());
+                (inputs, kind, device) = (columns, weight.kind(), weight.device());
             }
-            let alike = columns == inputs && weight.kind() == kind && weight.is_contiguous();
-            expect(operation, alike, || {
-                format!("weight {i} is {}, not [n, {inputs}] {kind:?}", shown(weight))
+            let alike = columns == inputs && is(weight, kind, device) && weight.is_contiguous();
+            expect(operation, alike && inputs > 0 && is_floating(weight), || {
+                format!("weight {i} is {}, not dense [n, {inputs}] {kind:?} on {device:?}", shown(weight))
             })?;
             outputs += rows;
         }
@@ -56,7 +57,7 @@ impl Linear {
             format!("{} weights but {} biases", weights.len(), biases.len())
         })?;
         for (bias, weight) in biases.iter().zip(weights) {
-            let fits = bias.size() == [weight.size()[0]] && bias.kind() == kind;
+            let fits = is(bias, kind, device) && bias.size() == [weight.size()[0]];
             expect(operation, fits, || format!("bias {} beside weight {}", shown(bias), shown(weight)))?;
         }
         let weight_list: Vec<*mut c_void> = weights.iter().map(|w| pointer(w)).collect();
@@ -68,11 +69,11 @@ impl Linear {
             unsafe { ffi::af_linear_new(weight_list.as_ptr(), bias_pointer, weights.len(), &raw mut raw) };
         check(code, || operation.to_owned())?;
         let shapes = weights.iter().map(|w| w.size()).collect();
-        Ok(Self { raw, shapes, inputs, outputs, kind, biased: !biases.is_empty() })
+        Ok(Self { raw, shapes, inputs, outputs, kind, device, biased: !biases.is_empty() })
     }
 
     /// Adds from now on the gradients of each weight (and bias) to these sums, f32 and shaped as they are; empty
-    /// lists end that.
+    /// lists end that. They are added where x asks for a gradient: the way back goes through x.
     ///
     /// # Errors
     /// [`crate::ErrorKind::InvalidArgument`] when a sum does not fit its weight.
@@ -83,11 +84,11 @@ impl Linear {
                 || (sums.len() == self.shapes.len()
                     && sums.iter().zip(&self.shapes).all(|(sum, shape)| {
                         let shape = if biases { &shape[..1] } else { shape };
-                        sum.size() == shape && sum.kind() == Kind::Float && sum.is_contiguous()
+                        is(sum, Kind::Float, self.device) && sum.size() == shape && sum.is_contiguous()
                     }))
         };
         expect(operation, fits(grads, false) && fits(bias_grads, true), || {
-            format!("sums must be f32, one for each weight of {:?}", self.shapes)
+            format!("sums must be dense f32, one for each weight of {:?}", self.shapes)
         })?;
         let biased = bias_grads.is_empty() || self.biased;
         expect(operation, biased, || "it has no biases".to_owned())?;
@@ -122,8 +123,8 @@ impl Linear {
     pub fn backward(&self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
         let operation = "a linear map's backward";
         self.fits(operation, x)?;
-        let fits = gradient.size() == [x.size()[0], self.outputs]
-            && gradient.kind() == self.kind
+        let fits = is(gradient, self.kind, self.device)
+            && gradient.size() == [x.size()[0], self.outputs]
             && gradient.is_contiguous()
             && x.is_contiguous()
             && self.shapes.len() == 1;
@@ -146,8 +147,8 @@ impl Linear {
 
     fn fits(&self, operation: &'static str, x: &Tensor) -> Result<()> {
         let (_, width) = expect_rows(operation, x)?;
-        expect(operation, width == self.inputs && x.kind() == self.kind, || {
-            format!("needs rows of {} {:?}, got {}", self.inputs, self.kind, shown(x))
+        expect(operation, width == self.inputs && is(x, self.kind, self.device), || {
+            format!("needs rows of {} {:?} on {:?}, got {}", self.inputs, self.kind, self.device, shown(x))
         })
     }
 }

@@ -52,21 +52,33 @@ fn shown(tensor: &Tensor) -> String {
     }
 }
 
-/// An error unless `x` is dense rows of a floating kind.
+/// Its size, or none of what is undefined: tch panics there.
+fn size(x: &Tensor) -> Vec<i64> {
+    if x.defined() { x.size() } else { Vec::new() }
+}
+
+/// Whether `x` is a defined tensor of this kind and device.
+fn is(x: &Tensor, kind: Kind, device: Device) -> bool {
+    x.defined() && x.kind() == kind && x.device() == device
+}
+
+/// Whether `x` holds floating numbers.
+fn is_floating(x: &Tensor) -> bool {
+    x.defined() && matches!(x.kind(), Kind::Float | Kind::BFloat16 | Kind::Half | Kind::Double)
+}
+
+/// An error unless `x` is rows of a floating kind; their number and width.
 fn expect_rows(operation: &'static str, x: &Tensor) -> Result<(i64, i64)> {
-    match x.size().as_slice() {
-        &[rows, width] if matches!(x.kind(), Kind::Float | Kind::BFloat16 | Kind::Half | Kind::Double) => {
-            Ok((rows, width))
-        }
+    match size(x).as_slice() {
+        &[rows, width] if is_floating(x) => Ok((rows, width)),
         _ => Err(Error::invalid(operation, format!("needs rows of numbers, got {}", shown(x)))),
     }
 }
 
-/// An error unless `x` is i64 on the CPU and dense, with this many elements.
-fn expect_host_indices(operation: &'static str, name: &str, x: &Tensor, count: usize) -> Result<()> {
-    let fits =
-        x.kind() == Kind::Int64 && x.device() == Device::Cpu && x.is_contiguous() && x.numel() == count;
-    expect(operation, fits, || format!("{name} must be {count} Int64 on the CPU, got {}", shown(x)))
+/// An error unless `x` is i64 on the CPU, dense and of this shape.
+fn expect_host_indices(operation: &'static str, name: &str, x: &Tensor, shape: &[i64]) -> Result<()> {
+    let fits = is(x, Kind::Int64, Device::Cpu) && x.is_contiguous() && x.size() == shape;
+    expect(operation, fits, || format!("{name} must be {shape:?} Int64 on the CPU, got {}", shown(x)))
 }
 
 /// Whether this crate's kernels run for tensors like this one: its kind and device, and this CPU.
@@ -83,7 +95,11 @@ pub fn has_kernels(like: &Tensor) -> bool {
 /// # Errors
 /// When `tensor` depends on nothing that asks for a gradient, the shapes differ, or memory is out.
 pub fn backward(tensor: &Tensor, gradient: &Tensor) -> Result<()> {
-    // SAFETY: two live tensors; libtorch checks the rest.
+    let operation = "backward";
+    expect(operation, tensor.defined() && gradient.defined(), || {
+        format!("from {} with {}", shown(tensor), shown(gradient))
+    })?;
+    // SAFETY: two live, defined tensors; libtorch checks the rest.
     let code = unsafe { ffi::af_backward(pointer(tensor), pointer(gradient)) };
     check(code, || format!("backward from {}", shown(tensor)))
 }

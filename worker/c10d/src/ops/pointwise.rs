@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::{expect, expect_rows, ffi, one, shown};
+use super::{expect, expect_rows, ffi, is, is_floating, one, shown, size};
 use crate::Result;
 use crate::group::pointer;
 
@@ -13,11 +13,16 @@ use crate::group::pointer;
 /// When the shapes or kinds do not fit, or memory is out.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, grad: Option<&Tensor>, eps: f64) -> Result<Tensor> {
     let operation = "RMS norm";
-    let width = x.size().last().copied().unwrap_or(0);
-    let fits = weight.size() == [width] && weight.kind() == x.kind() && weight.is_contiguous();
-    expect(operation, fits && width > 0, || format!("of {} with weight {}", shown(x), shown(weight)))?;
+    let width = size(x).last().copied().unwrap_or(0);
+    let fits = width > 0
+        && is_floating(x)
+        && is(weight, x.kind(), x.device())
+        && weight.size() == [width]
+        && weight.is_contiguous();
+    expect(operation, fits, || format!("of {} with weight {}", shown(x), shown(weight)))?;
+    expect(operation, eps >= 0.0 && eps.is_finite(), || format!("with eps {eps}, which must be at least 0"))?;
     if let Some(grad) = grad {
-        let fits = grad.size() == [width] && grad.kind() == Kind::Float;
+        let fits = is(grad, Kind::Float, x.device()) && grad.size() == [width];
         expect(operation, fits, || format!("its gradient is {}, not [{width}] Float", shown(grad)))?;
     }
     let grad = grad.map_or(std::ptr::null_mut(), pointer);
@@ -36,9 +41,12 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, grad: Option<&Tensor>, eps: f64) ->
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, heads: i64) -> Result<Tensor> {
     let operation = "rotary embedding";
     let (rows, width) = expect_rows(operation, x)?;
-    let half = cos.size().last().copied().unwrap_or(0);
-    let angles = |a: &Tensor| a.size() == [rows, half] && a.kind() == Kind::Float && a.is_contiguous();
-    expect(operation, angles(cos) && angles(sin) && heads * 2 * half <= width, || {
+    let half = size(cos).last().copied().unwrap_or(0);
+    let angles =
+        |a: &Tensor| is(a, Kind::Float, x.device()) && a.size() == [rows, half] && a.is_contiguous();
+    // Compared by division: a product could wrap around.
+    let inside = half > 0 && heads >= 0 && heads <= width / (2 * half);
+    expect(operation, angles(cos) && angles(sin) && inside, || {
         format!("of {} by cos {} and sin {}, {heads} heads", shown(x), shown(cos), shown(sin))
     })?;
     // SAFETY: live tensors whose shapes and kinds fit.

@@ -4,7 +4,7 @@ use std::ffi::c_void;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{expect, expect_rows, ffi, one, shown};
+use super::{expect, expect_rows, ffi, is, one, shown};
 use crate::error::check;
 use crate::group::pointer;
 use crate::{Error, Result};
@@ -26,10 +26,9 @@ fn fits(operation: &'static str, logits: &Tensor, targets: &Tensor) -> Result<()
     let sound = logits.kind() == Kind::Float
         && logits.is_contiguous()
         && width > 0
+        && is(targets, Kind::Int64, logits.device())
         && targets.size() == [rows]
-        && targets.kind() == Kind::Int64
-        && targets.is_contiguous()
-        && targets.device() == logits.device();
+        && targets.is_contiguous();
     expect(operation, sound, || format!("logits {} and targets {}", shown(logits), shown(targets)))?;
     if rows == 0 {
         return Ok(());
@@ -40,14 +39,21 @@ fn fits(operation: &'static str, logits: &Tensor, targets: &Tensor) -> Result<()
     })
 }
 
+/// Whether logits can be divided by it in f32.
+fn is_divisor(temperature: f64) -> bool {
+    let scale = (1.0 / temperature) as f32;
+    temperature > 0.0 && scale.is_normal()
+}
+
 /// Log-probs and entropies of `targets` `[n]` i64 under logits `[n, vocabulary]` f32. No autograd: the way back is
 /// [`TokenTerms::backward`].
 ///
 /// # Errors
-/// When the shapes do not fit, a target is outside the vocabulary, or memory is out.
+/// When the shapes do not fit, a target is outside the vocabulary, the temperature is no divisor, or memory is out.
 pub fn token_terms(logits: &Tensor, targets: &Tensor, temperature: f64) -> Result<TokenTerms> {
     let operation = "log-probs of tokens";
     fits(operation, logits, targets)?;
+    expect(operation, is_divisor(temperature), || format!("at temperature {temperature}"))?;
     let mut out: [*mut c_void; 3] = [std::ptr::null_mut(); 3];
     // SAFETY: live tensors that fit each other; room for three tensors.
     let code =
@@ -73,7 +79,9 @@ impl TokenTerms {
     ) -> Result<Tensor> {
         let operation = "gradient of logits";
         fits(operation, logits, targets)?;
-        let column = |t: &Tensor| t.size() == targets.size() && t.kind() == Kind::Float && t.is_contiguous();
+        let column = |t: &Tensor| {
+            is(t, Kind::Float, logits.device()) && t.size() == targets.size() && t.is_contiguous()
+        };
         let sound = [&self.log_prob, &self.entropy, &self.lse, g_log_prob, g_entropy].into_iter().all(column)
             && matches!(kind, Kind::Float | Kind::BFloat16);
         expect(operation, sound, || {
@@ -127,7 +135,13 @@ pub fn sample(logits: &Tensor, draws: &[Draw]) -> Result<(Vec<i64>, Vec<f32>)> {
         && width > 0
         && rows == draws.len() as i64;
     expect(operation, sound, || format!("{} draws from logits {}", draws.len(), shown(logits)))?;
-    let in_range = |d: &Draw| d.temperature >= 0.0 && d.top_k >= 1 && d.top_p > 0.0 && d.uniform > 0.0;
+    let share = |x: f64| x > 0.0 && x <= 1.0;
+    let in_range = |d: &Draw| {
+        (d.temperature == 0.0 || is_divisor(d.temperature))
+            && d.top_k >= 1
+            && share(d.top_p)
+            && share(d.uniform)
+    };
     if let Some(wrong) = draws.iter().find(|d| !in_range(d)) {
         return Err(Error::invalid(operation, format!("{wrong:?} is out of range")));
     }

@@ -1,0 +1,133 @@
+//! Attention over packed sequences is libtorch's, a sequence at a time, forward and back; through the cache, too.
+
+use agentfly_c10d::ops::{self, Heads, attention};
+use tch::{Kind, Tensor};
+
+use crate::batch::{Chain, through_cache};
+use crate::util::{KINDS, Numbers, assert_true, leaf, starts};
+
+pub(crate) const fn heads(queries: i64, keys: i64, dim: i64) -> Heads {
+    Heads { queries, keys, dim }
+}
+
+/// Heads and the sequences' lengths; those that have no kernel last.
+const CASES: [(Heads, &[i64]); 16] = [
+    (heads(2, 1, 64), &[1, 2, 63, 64, 65, 129, 700]),
+    (heads(3, 3, 8), &[2, 1, 65, 130]),
+    (heads(4, 2, 16), &[1, 64, 129]),
+    (heads(6, 2, 32), &[129, 1, 63, 2]),
+    (heads(7, 1, 48), &[1, 9, 10, 128]),
+    (heads(14, 2, 80), &[65, 3, 1]),
+    (heads(8, 1, 96), &[1, 8, 73, 129]),
+    (heads(2, 2, 128), &[64, 1, 65]),
+    (heads(2, 1, 256), &[70, 1]),
+    (heads(65, 1, 16), &[1, 2, 66]),
+    (heads(130, 2, 8), &[1, 65]),
+    (heads(2, 1, 2), &[1, 70]),
+    (heads(3, 1, 34), &[1, 66, 2]),
+    (heads(1, 1, 100), &[129]),
+    (heads(4, 2, 33), &[1, 65, 2]),
+    (heads(3, 1, 7), &[1, 2, 70]),
+];
+
+/// The same by libtorch's operator, a sequence at a time.
+fn plain(qkv: &Tensor, lengths: &[i64], h: Heads) -> Tensor {
+    let mut first = 0;
+    let mixed = lengths.iter().map(|&length| {
+        let rows = qkv.narrow(0, first, length);
+        first += length;
+        let part = |from: i64, count: i64| {
+            let part = rows.narrow(1, from * h.dim, count * h.dim).reshape([length, count, h.dim]);
+            part.transpose(0, 1).repeat_interleave_self_int(h.queries / count, 0, None).unsqueeze(0)
+        };
+        let (q, k, v) = (part(0, h.queries), part(h.queries, h.keys), part(h.queries + h.keys, h.keys));
+        let none: Option<Tensor> = None;
+        let y = Tensor::scaled_dot_product_attention(&q, &k, &v, none, 0.0, true, None, false);
+        y.squeeze_dim(0).transpose(0, 1).reshape([length, h.queries * h.dim])
+    });
+    Tensor::cat(&mixed.collect::<Vec<_>>(), 0)
+}
+
+/// y and the gradients of queries, keys and values.
+fn both_ways(f: impl Fn(&Tensor) -> Tensor, qkv: &Tensor, g: &Tensor, h: Heads) -> [Tensor; 4] {
+    let y = f(qkv);
+    ops::backward(&y, &g.to_kind(y.kind())).unwrap();
+    let grad = qkv.grad();
+    let part = |from: i64, count: i64| grad.narrow(1, from * h.dim, count * h.dim);
+    [y, part(0, h.queries), part(h.queries, h.keys), part(h.queries + h.keys, h.keys)]
+}
+
+#[test]
+fn packed_sequences_attend_each_to_itself_and_back() {
+    for kind in KINDS {
+        for (h, lengths) in CASES {
+            let rows: i64 = lengths.iter().sum();
+            let mut numbers = Numbers::new((rows * h.dim) as u64);
+            let (qkv, g) = (
+                numbers.tensor(&[rows, h.row()], kind) * 2.0,
+                numbers.tensor(&[rows, h.queries * h.dim], kind),
+            );
+            let by_libtorch =
+                |kind: Kind| both_ways(|x| plain(x, lengths, h), &leaf(&qkv, kind), &g, h);
+            let (truth, libtorch) = (by_libtorch(Kind::Double), by_libtorch(kind));
+            let ends = starts(lengths);
+            let ours = both_ways(|x| attention(x, &ends, h).unwrap(), &leaf(&qkv, kind), &g, h);
+            for (i, name) in ["mix", "queries", "keys", "values"].into_iter().enumerate() {
+                assert_true(&format!("{name} of {h:?} {lengths:?} {kind:?}"), &ours[i], &truth[i], &libtorch[i]);
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_works_on_rows_that_lie_apart() {
+    let (h, lengths) = (heads(2, 1, 16), [5, 66]);
+    for kind in KINDS {
+        let mut numbers = Numbers::new(4);
+        let wide = numbers.tensor(&[71, h.row() + 5], kind);
+        let g = numbers.tensor(&[32, 71], kind).transpose(0, 1);
+        let by_libtorch = |kind: Kind| {
+            both_ways(|x| plain(x, &lengths, h), &leaf(&wide.narrow(1, 2, h.row()), kind), &g, h)
+        };
+        let (truth, libtorch) = (by_libtorch(Kind::Double), by_libtorch(kind));
+        let apart = wide.narrow(1, 2, h.row()).detach().set_requires_grad(true);
+        let ours = both_ways(|x| attention(x, &starts(&lengths), h).unwrap(), &apart, &g, h);
+        for i in 0..4 {
+            assert_true(&format!("part {i} {kind:?}"), &ours[i], &truth[i], &libtorch[i]);
+        }
+    }
+}
+
+#[test]
+fn other_kinds_take_libtorchs_way() {
+    let (h, lengths) = (heads(4, 2, 16), [3, 70]);
+    let qkv = Numbers::new(6).tensor(&[73, h.row()], Kind::Float);
+    let truth = plain(&qkv.to_kind(Kind::Double), &lengths, h);
+    let y = attention(&qkv.to_kind(Kind::Double), &starts(&lengths), h).unwrap();
+    assert_true("f64", &y, &truth, &truth);
+    let half = qkv.to_kind(Kind::Half);
+    let y = attention(&half, &starts(&lengths), h).unwrap();
+    assert_eq!(y.kind(), Kind::Half);
+    assert_true("f16", &y.to_kind(Kind::BFloat16), &truth, &truth.to_kind(Kind::BFloat16));
+}
+
+#[test]
+fn the_cache_gives_what_whole_sequences_give() {
+    for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+        for (h, lengths) in CASES {
+            let total: i64 = lengths.iter().sum();
+            let mut numbers = Numbers::new(total as u64);
+            let qkv = numbers.tensor(&[total, h.row()], kind);
+            let truth = plain(&qkv.to_kind(Kind::Double), lengths, h);
+            // Each in two stretches, then two tokens one by one.
+            let chains = Chain::split(&qkv, lengths, |length| match length {
+                0..4 => vec![1; length as usize],
+                _ => vec![length / 2, length - length / 2 - 2, 1, 1],
+            });
+            let ours = Tensor::cat(&through_cache(&chains, h, &mut numbers), 0);
+            // f16 has no kernel; its rounding is the finer one.
+            let libtorch = plain(&qkv.to_kind(if kind == Kind::Float { kind } else { Kind::BFloat16 }), lengths, h);
+            assert_true(&format!("{h:?} {lengths:?} {kind:?}"), &ours, &truth, &libtorch);
+        }
+    }
+}
