@@ -134,7 +134,12 @@ fn gradients_are_those_of_transformers() {
 fn greedy_continuations_are_those_of_transformers() {
     for name in MODELS {
         let (decoder, golden) = read(name);
-        let limits = EngineConfig { max_slots: 3, max_tokens_per_chain: 96, max_prefill_tokens: 16 };
+        let limits = EngineConfig {
+            max_slots: 3,
+            cache_tokens: 1024,
+            max_tokens_per_chain: 96,
+            max_prefill_tokens: 16,
+        };
         let mut engine = Engine::new(limits, decoder.config());
         for (chain, Continuation { prompt, ids }) in golden.greedy.iter().enumerate() {
             let max_tokens = ids.len() as u32;
