@@ -46,6 +46,12 @@ bench-engine: setup ## Measure engine and learner beside the peers; MODEL=smollm
 bench-setup: ## Install the peers that bench-engine measures: transformers, TRL, vLLM (12 GB, once)
 	@deploy/bench/setup.sh
 
+parity: setup ## Compare with PyPI's transformers: logits to gradients and exports (SEED=1 COUNT=3 ONLY=edges,smollm2; installs it once, 4.7 GB)
+	@[ -f deploy/models/smollm2/config.json ] || [ -n "$(ONLY)" ] || $(MAKE) --no-print-directory smollm2
+	cargo build --release --locked -p agentfly-policy --example parity_probe
+	@python=$$(deploy/scripts/setup_hf.sh) && \
+		$$python deploy/scripts/parity --seed $(SEED) $(if $(COUNT),--count $(COUNT)) $(if $(ONLY),--only $(ONLY))
+
 deny: ## Bans, licences and sources of all dependencies (installs cargo-deny once)
 	@command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
 	cargo deny --workspace check bans licenses sources
@@ -63,4 +69,4 @@ tiny-model: build ## Make deploy/models/tiny again: tokenizer, demonstrations, s
 clean: ## Remove what was built (not what was fetched, not your runs)
 	cargo clean
 
-.PHONY: help setup build train test lint bench bench-engine bench-setup deny smollm2 data tiny-model clean
+.PHONY: help setup build train test lint bench bench-engine bench-setup parity deny smollm2 data tiny-model clean

@@ -1,7 +1,8 @@
 //! The shape of a model, read from Hugging Face's `config.json`.
 //!
-//! What must stay true: a key that would change what is computed is either honoured or refused by name;
-//! nothing is guessed; no number in it is so large that listing the tensors overflows or never ends.
+//! What must stay true: a key that would change what is computed is either honoured or refused by name; a key
+//! that is absent has the value `transformers` gives it; no number in it is so large that listing the tensors
+//! overflows or never ends.
 
 use std::path::Path;
 
@@ -9,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::error::ModelDirError;
 use super::json::{Reader, read_object};
+use super::rope::{self, RopeScaling};
 
 /// More blocks than any model has: bounds the list of tensors that a damaged file can ask for.
 const MAX_LAYERS: i64 = 10_000;
@@ -43,6 +45,30 @@ impl Architecture {
         }
     }
 
+    /// What `transformers` takes `num_key_value_heads` for where the key is absent; `None`: every head has its own.
+    fn default_kv_heads(self) -> Option<i64> {
+        match self {
+            Self::Llama => None,
+            Self::Qwen2 | Self::Qwen3 => Some(32),
+        }
+    }
+
+    /// What `transformers` takes `head_dim` for where the key is absent; `None`: `hidden` / `heads`.
+    fn default_head_dim(self) -> Option<i64> {
+        match self {
+            Self::Llama | Self::Qwen2 => None,
+            Self::Qwen3 => Some(128),
+        }
+    }
+
+    /// What `transformers` takes `max_position_embeddings` for where the key is absent.
+    fn default_positions(self) -> i64 {
+        match self {
+            Self::Llama => 2048,
+            Self::Qwen2 | Self::Qwen3 => 32_768,
+        }
+    }
+
     /// Whether queries, keys and values have biases.
     #[must_use]
     pub fn qkv_bias(self) -> bool {
@@ -54,19 +80,6 @@ impl Architecture {
     pub fn qk_norm(self) -> bool {
         self == Self::Qwen3
     }
-}
-
-/// Llama 3's `rope_scaling`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RopeScaling {
-    /// By how much long wavelengths are stretched.
-    pub factor: f64,
-    /// Wavelengths beyond context / this are stretched.
-    pub low_freq_factor: f64,
-    /// Wavelengths below context / this are kept.
-    pub high_freq_factor: f64,
-    /// The context the model was first trained with, in tokens.
-    pub original_max_position_embeddings: i64,
 }
 
 /// Everything the forward pass depends on.
@@ -146,22 +159,33 @@ impl ModelConfig {
         if !architecture.qkv_bias() {
             read.only("attention_bias", &json!(false), "false")?;
         }
+        read.full_attention()?;
         let (hidden, heads) = (read.positive("hidden_size")?, read.positive("num_attention_heads")?);
-        let (rope_theta, rope_scaling) = read.rope()?;
+        let max_position_embeddings =
+            read.optional_positive("max_position_embeddings")?.unwrap_or(architecture.default_positions());
+        let (rope_theta, rope_scaling) = read.rope(max_position_embeddings)?;
+        // Null means "derived from the others"; an absent key has the family's default.
+        let absent = |key: &str, default: Option<i64>| default.filter(|_| !map.contains_key(key));
         let config = Self {
             architecture,
             hidden,
             layers: read.positive("num_hidden_layers")?,
             heads,
-            kv_heads: read.optional_positive("num_key_value_heads")?.unwrap_or(heads),
-            head_dim: read.optional_positive("head_dim")?.unwrap_or(hidden / heads),
+            kv_heads: read
+                .optional_positive("num_key_value_heads")?
+                .or(absent("num_key_value_heads", architecture.default_kv_heads()))
+                .unwrap_or(heads),
+            head_dim: read
+                .optional_positive("head_dim")?
+                .or(absent("head_dim", architecture.default_head_dim()))
+                .unwrap_or(hidden / heads),
             intermediate: read.positive("intermediate_size")?,
             vocab: read.positive("vocab_size")?,
-            rms_eps: read.number("rms_norm_eps")?,
+            rms_eps: read.optional_number("rms_norm_eps")?.unwrap_or(1e-6),
             rope_theta,
             rope_scaling,
             tie_word_embeddings: read.flag("tie_word_embeddings", false)?,
-            max_position_embeddings: read.positive("max_position_embeddings")?,
+            max_position_embeddings,
             initializer_range: read.optional_number("initializer_range")?.unwrap_or(0.02),
             eos_ids: read.ids("eos_token_id")?,
             bos_id: read.ids("bos_token_id")?.first().copied(),
@@ -172,9 +196,15 @@ impl ModelConfig {
                 .map(str::to_owned),
         };
         if config.heads % config.kv_heads != 0 {
-            return Err(read.wrong("num_key_value_heads", &format!("a divisor of {heads} heads")));
+            let needed = match read.get("num_key_value_heads") {
+                Some(_) => format!("a divisor of {heads} heads"),
+                None => format!("a divisor of {heads} heads; absent it counts as {}", config.kv_heads),
+            };
+            return Err(read.wrong("num_key_value_heads", &needed));
         }
-        if config.head_dim % 2 != 0 || (read.get("head_dim").is_none() && hidden % heads != 0) {
+        // Qwen2 without the key rounds down, as transformers does.
+        let uneven = architecture == Architecture::Llama && hidden % heads != 0;
+        if config.head_dim == 0 || config.head_dim % 2 != 0 || (read.get("head_dim").is_none() && uneven) {
             return Err(read.wrong("head_dim", "an even number of channels"));
         }
         if config.layers > MAX_LAYERS {
@@ -191,13 +221,6 @@ impl ModelConfig {
             [one] => json!(one),
             many => json!(many),
         };
-        let scaling = self.rope_scaling.as_ref().map(|s| {
-            json!({
-                "rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low_freq_factor,
-                "high_freq_factor": s.high_freq_factor,
-                "original_max_position_embeddings": s.original_max_position_embeddings,
-            })
-        });
         let value = json!({
             "architectures": [self.architecture.class_name()],
             "model_type": self.architecture.model_type(),
@@ -211,7 +234,7 @@ impl ModelConfig {
             "hidden_act": "silu",
             "rms_norm_eps": self.rms_eps,
             "rope_theta": self.rope_theta,
-            "rope_scaling": scaling,
+            "rope_scaling": rope::scaling_json(self.rope_scaling.as_ref()),
             "tie_word_embeddings": self.tie_word_embeddings,
             "max_position_embeddings": self.max_position_embeddings,
             "initializer_range": self.initializer_range,
@@ -261,52 +284,41 @@ impl ModelConfig {
 }
 
 impl Reader<'_> {
+    /// The class in `architectures`, or where there is none the family in `model_type`, by which
+    /// `transformers` goes; where both are there they must agree.
     fn architecture(&self) -> Result<Architecture, ModelDirError> {
-        const KNOWN: &str = "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM";
-        let Some(named) = self.get("architectures") else {
-            return Err(self.wrong("architectures", KNOWN));
+        const CLASSES: &str = "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM";
+        const TYPES: &str = "llama, qwen2, qwen3";
+        let all = [Architecture::Llama, Architecture::Qwen2, Architecture::Qwen3];
+        let (class, family) = (self.get("architectures"), self.get("model_type"));
+        let Some(class) = class else {
+            let Some(family) = family else {
+                return Err(self.wrong("architectures", CLASSES));
+            };
+            return all
+                .into_iter()
+                .find(|a| *family == json!(a.model_type()))
+                .ok_or_else(|| self.unsupported("model_type", family, TYPES));
         };
-        [Architecture::Llama, Architecture::Qwen2, Architecture::Qwen3]
+        let found = all
             .into_iter()
-            .find(|a| *named == json!([a.class_name()]))
-            .ok_or_else(|| self.unsupported("architectures", named, KNOWN))
+            .find(|a| *class == json!([a.class_name()]))
+            .ok_or_else(|| self.unsupported("architectures", class, CLASSES))?;
+        match family {
+            Some(family) if *family != json!(found.model_type()) => {
+                let needed = format!("\"{}\", as `architectures` says", found.model_type());
+                Err(self.wrong("model_type", &needed))
+            }
+            _ => Ok(found),
+        }
     }
 
-    /// Base and stretching, in the older layout (`rope_theta`, `rope_scaling`) or the newer one
-    /// (`rope_parameters` holds both).
-    fn rope(&self) -> Result<(f64, Option<RopeScaling>), ModelDirError> {
-        let object = |key: &str| match self.get(key) {
-            None => Ok(None),
-            Some(value) => value.as_object().map(Some).ok_or_else(|| self.wrong(key, "an object, or null")),
-        };
-        let (newer, older) = (object("rope_parameters")?, object("rope_scaling")?);
-        let empty = Map::new();
-        let inner = newer.or(older).unwrap_or(&empty);
-        let inside = Reader { path: self.path, map: inner };
-        let theta = match (newer.is_some() && inside.get("rope_theta").is_some(), self.get("rope_theta")) {
-            (true, _) => inside.number("rope_theta")?,
-            (false, Some(_)) => self.number("rope_theta")?,
-            // transformers' default for every family here.
-            (false, None) => 10_000.0,
-        };
-        let kind = inside.get("rope_type").or_else(|| inside.get("type"));
-        match kind.map(|k| k.as_str().unwrap_or_default()) {
-            None if inside.get("factor").is_some() => Err(inside.wrong("rope_type", "default, llama3")),
-            None | Some("default") => Ok((theta, None)),
-            Some("llama3") => Ok((
-                theta,
-                Some(RopeScaling {
-                    factor: inside.number("factor")?,
-                    low_freq_factor: inside.number("low_freq_factor")?,
-                    high_freq_factor: inside.number("high_freq_factor")?,
-                    original_max_position_embeddings: inside.positive("original_max_position_embeddings")?,
-                }),
-            )),
-            Some(_) => {
-                let key =
-                    if newer.is_some() { "rope_parameters.rope_type" } else { "rope_scaling.rope_type" };
-                Err(self.unsupported(key, kind.unwrap_or(&Value::Null), "default, llama3"))
-            }
+    /// Refuses layers with a sliding window.
+    fn full_attention(&self) -> Result<(), ModelDirError> {
+        let Some(types) = self.get("layer_types") else { return Ok(()) };
+        match types.as_array() {
+            Some(types) if types.iter().all(|kind| *kind == json!("full_attention")) => Ok(()),
+            _ => Err(self.unsupported("layer_types", types, "\"full_attention\" for every layer")),
         }
     }
 }

@@ -10,6 +10,7 @@ mod config;
 mod error;
 mod header;
 mod json;
+mod rope;
 mod template_fit;
 #[cfg(test)]
 mod tests;
@@ -19,9 +20,10 @@ mod window;
 
 use std::path::{Path, PathBuf};
 
-pub use config::{Architecture, ModelConfig, RopeScaling};
+pub use config::{Architecture, ModelConfig};
 pub use error::ModelDirError;
 pub use json::read_object;
+pub use rope::RopeScaling;
 pub use template_fit::{TemplateMisfit, check_template, fitting_templates};
 pub use tokenizer::{chat_template, special_tokens};
 pub use weights::{StoredDtype, StoredTensor};
@@ -36,6 +38,9 @@ pub struct ModelDir {
     pub config: ModelConfig,
     /// Its parameters, in the order of [`ModelConfig::tensors`].
     pub tensors: Vec<StoredTensor>,
+    /// `lm_head.weight` where it is stored although `config.json` ties it to the embedding: it must hold the
+    /// same numbers, which whoever reads the weights has to check.
+    pub tied_copy: Option<StoredTensor>,
 }
 
 impl ModelDir {
@@ -45,8 +50,8 @@ impl ModelDir {
     /// Names the file and the key or tensor that is missing, extra, misshapen or not supported.
     pub fn inspect(dir: &Path) -> Result<Self, ModelDirError> {
         let config = ModelConfig::from_dir(dir)?;
-        let tensors = weights::locate(dir, &config)?;
-        Ok(Self { path: dir.to_owned(), config, tensors })
+        let (tensors, tied_copy) = weights::locate(dir, &config)?;
+        Ok(Self { path: dir.to_owned(), config, tensors, tied_copy })
     }
 
     /// Bytes of all parameters as they are stored.

@@ -1,5 +1,7 @@
 //! Small model directories, whole and damaged in every way a download or an export can damage them.
 
+mod layouts;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
@@ -294,19 +296,6 @@ fn faults_in_the_configuration_name_the_key_and_what_is_supported() {
     assert_says(&set("rope_scaling", yarn), &["`rope_scaling.rope_type` = \"yarn\"", "default, llama3"]);
     assert_says(&set("rope_scaling", json!({ "factor": 4.0 })), &["key `rope_type` is missing"]);
     assert_says(&set("rope_scaling", "linear".into()), &["key `rope_scaling` is \"linear\""]);
-}
-
-#[test]
-fn the_newer_layout_of_rope_is_the_same_model() {
-    let newer = config(|c| {
-        let map = c.as_object_mut().unwrap();
-        let mut rope = map.remove("rope_scaling").unwrap();
-        rope["rope_theta"] = map.remove("rope_theta").unwrap();
-        map.insert("rope_parameters".to_owned(), rope);
-    });
-    assert_eq!(newer, config(|_| ()));
-    let written = config(|_| ()).unwrap().to_json();
-    assert_eq!(ModelConfig::from_json(&written, Path::new("x")).map_err(|e| e.to_string()), config(|_| ()));
 }
 
 #[test]

@@ -79,8 +79,11 @@ impl Found {
     }
 }
 
-/// Every parameter of `config`, in its order.
-pub(super) fn locate(dir: &Path, config: &ModelConfig) -> Result<Vec<StoredTensor>, ModelDirError> {
+/// Every parameter of `config`, in its order, and the head where it is tied and stored all the same.
+pub(super) fn locate(
+    dir: &Path,
+    config: &ModelConfig,
+) -> Result<(Vec<StoredTensor>, Option<StoredTensor>), ModelDirError> {
     let mut all = BTreeMap::new();
     for path in weight_files(dir)? {
         read_header(&path, &mut all)?;
@@ -93,12 +96,16 @@ pub(super) fn locate(dir: &Path, config: &ModelConfig) -> Result<Vec<StoredTenso
         };
         tensors.push(entry.stored(name, shape)?);
     }
-    // Derived buffers some exporters write, and the copy of a tied head, say nothing new.
-    all.retain(|name, _| {
-        !(name.ends_with("rotary_emb.inv_freq") || (config.tie_word_embeddings && name == "lm_head.weight"))
-    });
+    let mut tied_copy = None;
+    if config.tie_word_embeddings
+        && let Some(entry) = all.remove("lm_head.weight")
+    {
+        tied_copy = Some(entry.stored("lm_head.weight".to_owned(), vec![config.vocab, config.hidden])?);
+    }
+    // Derived buffers that some exporters write say nothing new.
+    all.retain(|name, _| !name.ends_with("rotary_emb.inv_freq"));
     match all.into_iter().next() {
-        None => Ok(tensors),
+        None => Ok((tensors, tied_copy)),
         Some((name, entry)) => Err(ModelDirError::ExtraTensor {
             shape: entry.shape(),
             path: entry.path,

@@ -3,7 +3,7 @@
 use std::io::{BufRead as _, Write as _};
 use std::path::PathBuf;
 
-use agentfly_policy::model::score;
+use agentfly_policy::model::{Scores, score_rows};
 use agentfly_policy::placement::{Place, open, set_up};
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
@@ -25,6 +25,9 @@ pub struct ScoreArgs {
     /// CPU threads
     #[arg(long, default_value_t = 1)]
     threads: u32,
+    /// Also write the entropy (nats) of the distribution each token is drawn from, as "entropies"
+    #[arg(long)]
+    entropies: bool,
 }
 
 #[derive(Deserialize)]
@@ -35,6 +38,8 @@ struct Line {
 #[derive(Serialize)]
 struct Scored {
     logprobs: Vec<Option<f32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    entropies: Option<Vec<Option<f32>>>,
 }
 
 /// Reads `{"ids":[…]}` lines from stdin, writes `{"logprobs":[null,…]}` lines to stdout.
@@ -52,8 +57,11 @@ pub fn run(args: &ScoreArgs) -> anyhow::Result<()> {
         }
         let Line { ids } =
             serde_json::from_str(&line).with_context(|| format!("line {number} is not {{\"ids\":[…]}}"))?;
-        let logprobs = score(&decoder, &ids).with_context(|| format!("line {number}"))?;
-        serde_json::to_writer(&mut out, &Scored { logprobs })?;
+        let scores = score_rows(&decoder, &[&ids]).with_context(|| format!("line {number}"))?;
+        for Scores { log_probs, entropies } in scores {
+            let entropies = args.entropies.then_some(entropies);
+            serde_json::to_writer(&mut out, &Scored { logprobs: log_probs, entropies })?;
+        }
         out.write_all(b"\n")?;
         out.flush()?;
     }

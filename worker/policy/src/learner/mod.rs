@@ -15,6 +15,7 @@ mod config;
 mod edges;
 mod error;
 mod forward;
+mod gradients;
 mod kl;
 mod loss;
 mod microbatch;

@@ -224,7 +224,7 @@ mod tests {
     fn a_big_model_is_written_as_several_files_that_load_as_one() {
         let map = json!({
             "architectures": ["Qwen2ForCausalLM"], "hidden_size": 16, "num_hidden_layers": 3,
-            "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50, "rms_norm_eps": 1e-6,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "vocab_size": 50, "rms_norm_eps": 1e-6,
             "max_position_embeddings": 64,
         });
         let config = ModelConfig::from_json(map.as_object().unwrap(), Path::new("config.json")).unwrap();

@@ -23,12 +23,39 @@ pub(crate) fn read_weights(
     for stored in &model.tensors {
         let file = match open.take() {
             Some((path, file)) if path == stored.path => file,
-            _ => File::open(&stored.path).map_err(|e| ModelError::io("cannot open", &stored.path, e))?,
+            _ => open_file(stored)?,
         };
         named.push((stored.name.clone(), read_tensor(&file, stored, kind, device)?));
         open = Some((&stored.path, file));
     }
+    if let Some(copy) = &model.tied_copy {
+        check_tied(copy, &named)?;
+    }
     Ok(named)
+}
+
+/// The stored copy of a tied head holds the embedding's numbers: a checkpoint in which it does not was trained
+/// untied, whatever its `config.json` says.
+fn check_tied(copy: &StoredTensor, named: &[(String, Tensor)]) -> Result<(), ModelError> {
+    let embedding = named.iter().find(|(name, _)| name == "model.embed_tokens.weight");
+    let Some((name, embedding)) = embedding else { return Ok(()) };
+    let head = read_tensor(&open_file(copy)?, copy, embedding.kind(), embedding.device())?;
+    if head.f_equal(embedding)? {
+        return Ok(());
+    }
+    Err(ModelError::Input {
+        what: "weights",
+        got: format!(
+            "`{}` of {} with other numbers than `{name}`, to which `tie_word_embeddings` in config.json ties it",
+            copy.name,
+            copy.path.display()
+        ),
+        needed: "the same numbers, or `tie_word_embeddings`: false".to_owned(),
+    })
+}
+
+fn open_file(stored: &StoredTensor) -> Result<File, ModelError> {
+    File::open(&stored.path).map_err(|e| ModelError::io("cannot open", &stored.path, e))
 }
 
 fn read_tensor(file: &File, stored: &StoredTensor, kind: Kind, device: Device) -> Result<Tensor, ModelError> {

@@ -24,4 +24,4 @@ pub use error::ModelError;
 pub use export::export;
 pub use parameters::{Parameters, tensor_bytes};
 pub(crate) use rope::Rotation;
-pub use score::score;
+pub use score::{Scores, score, score_rows, visit_logits};

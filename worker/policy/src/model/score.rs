@@ -1,10 +1,13 @@
-//! Log-probs of given texts.
+//! Logits, log-probs and entropies of given texts.
 //!
-//! Called by evaluation and by tests that hold the engine to its own log-probs. What must stay true: the
-//! `[tokens, vocab]` logits never exist whole, only some rows at a time.
+//! Called by `worker score`, by `make parity` and by tests that hold the engine to its own log-probs. What must
+//! stay true: the `[tokens, vocab]` logits never exist whole, only some rows at a time; log-probs and entropies
+//! come from the operator the learner's loss uses.
+
+use std::ops::Range;
 
 use agentfly_c10d::ops::token_terms;
-use tch::{Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::attention::Attention;
 use super::decoder::Decoder;
@@ -13,49 +16,109 @@ use super::error::ModelError;
 /// Tokens whose logits exist at a time.
 const HEAD_ROWS: i64 = 256;
 
+/// What a model says of a text of T tokens; each list has length T, and nothing is said of the first token.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Scores {
+    /// Log-prob (natural, temperature 1) of each token given those before it.
+    pub log_probs: Vec<Option<f32>>,
+    /// Entropy (nats) of the distribution that token is drawn from.
+    pub entropies: Vec<Option<f32>>,
+}
+
 /// Log-prob (natural, temperature 1) of each id given those before it; `None` for the first.
 ///
 /// # Errors
 /// When there is no id, one is not in the vocabulary, there are more than the model was trained for, or memory
 /// is out.
 pub fn score(decoder: &Decoder, ids: &[u32]) -> Result<Vec<Option<f32>>, ModelError> {
-    let (vocab, trained) = (decoder.config().vocab, decoder.config().max_position_embeddings);
-    if let Some(id) = ids.iter().find(|&&id| i64::from(id) >= vocab) {
-        return Err(ModelError::Input {
-            what: "token ids",
-            got: format!("id {id}"),
-            needed: format!("ids below the vocabulary's {vocab}"),
-        });
+    Ok(score_rows(decoder, &[ids])?.pop().unwrap_or_default().log_probs)
+}
+
+/// [`Scores`] of several texts, which go through the model together.
+///
+/// # Errors
+/// As [`score`], and when there is no text.
+pub fn score_rows(decoder: &Decoder, rows: &[&[u32]]) -> Result<Vec<Scores>, ModelError> {
+    // The token after each; after a text's last its first stands in, of which nothing is said.
+    let next = rows.iter().flat_map(|row| row.iter().skip(1).chain(row.first()));
+    let targets: Vec<i64> = next.map(|&id| i64::from(id)).collect();
+    let (mut log_probs, mut entropies) = (Vec::new(), Vec::new());
+    visit_logits(decoder, rows, |range, logits| {
+        let targets = Tensor::f_from_slice(&targets[range])?.f_to_device(decoder.device())?;
+        let terms = token_terms(logits, &targets, 1.0)?;
+        append(&mut log_probs, &terms.log_prob)?;
+        append(&mut entropies, &terms.entropy)
+    })?;
+    let mut start = 0;
+    let mut all = Vec::with_capacity(rows.len());
+    for row in rows {
+        let own = start..start + row.len() - 1;
+        let shifted =
+            |values: &[f32]| std::iter::once(None).chain(values.iter().copied().map(Some)).collect();
+        let (log_probs, entropies) = (shifted(&log_probs[own.clone()]), shifted(&entropies[own]));
+        all.push(Scores { log_probs, entropies });
+        start += row.len();
     }
-    if ids.is_empty() {
-        return Err(ModelError::Input {
-            what: "token ids",
-            got: "none".to_owned(),
-            needed: "at least one".to_owned(),
-        });
-    }
-    if i64::try_from(ids.len()).is_ok_and(|length| length > trained) {
-        return Err(ModelError::Input {
-            what: "token ids",
-            got: format!("{} ids", ids.len()),
-            needed: format!("at most the {trained} the model was trained for (max_position_embeddings)"),
-        });
-    }
+    Ok(all)
+}
+
+/// Hands `visit` the logits `[n, vocab]` f32 that follow each token of the texts, some tokens at a time, with
+/// those tokens' range; tokens count through all texts, one after another.
+///
+/// # Errors
+/// As [`score_rows`], and what `visit` returns.
+pub fn visit_logits(
+    decoder: &Decoder,
+    rows: &[&[u32]],
+    mut visit: impl FnMut(Range<usize>, &Tensor) -> Result<(), ModelError>,
+) -> Result<(), ModelError> {
+    check(decoder, rows)?;
     let _no_grad = tch::no_grad_guard();
-    let host: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
-    let ids = Tensor::f_from_slice(&host)?.f_to_device(decoder.device())?;
-    let positions = Tensor::f_arange(host.len() as i64, (Kind::Int64, decoder.device()))?;
-    let starts = Tensor::from_slice(&[0, host.len() as i64]);
-    let hidden = decoder.hidden(&ids, &positions, Attention::Packed(&starts))?;
-    let mut values = vec![None];
-    let predicted = host.len() as i64 - 1;
-    for start in (0..predicted).step_by(HEAD_ROWS as usize) {
-        let count = HEAD_ROWS.min(predicted - start);
+    let hidden = hidden(decoder, rows)?;
+    let total = hidden.size()[0];
+    for start in (0..total).step_by(HEAD_ROWS as usize) {
+        let count = HEAD_ROWS.min(total - start);
         let logits = decoder.logits(&hidden.f_narrow(0, start, count)?)?;
-        let terms = token_terms(&logits, &ids.f_narrow(0, start + 1, count)?, 1.0)?;
-        let mut log_probs = vec![0_f32; count as usize];
-        terms.log_prob.f_to_device(tch::Device::Cpu)?.f_copy_data(&mut log_probs, count as usize)?;
-        values.extend(log_probs.into_iter().map(Some));
+        visit(start as usize..(start + count) as usize, &logits)?;
     }
-    Ok(values)
+    Ok(())
+}
+
+fn append(values: &mut Vec<f32>, tensor: &Tensor) -> Result<(), ModelError> {
+    let host = tensor.f_to_device(Device::Cpu)?;
+    let (start, count) = (values.len(), host.numel());
+    values.resize(start + count, 0.0);
+    host.f_copy_data(&mut values[start..], count)?;
+    Ok(())
+}
+
+/// Hidden states `[N, hidden]` of all texts' tokens, one text after another.
+fn hidden(decoder: &Decoder, rows: &[&[u32]]) -> Result<Tensor, ModelError> {
+    let ids: Vec<i64> = rows.iter().flat_map(|row| row.iter().map(|&id| i64::from(id))).collect();
+    let positions: Vec<i64> = rows.iter().flat_map(|row| 0..row.len() as i64).collect();
+    let mut starts = vec![0];
+    for row in rows {
+        starts.push(starts[starts.len() - 1] + row.len() as i64);
+    }
+    let on_device = |host: &[i64]| Tensor::f_from_slice(host)?.f_to_device(decoder.device());
+    let starts = Tensor::f_from_slice(&starts)?;
+    decoder.hidden(&on_device(&ids)?, &on_device(&positions)?, Attention::Packed(&starts))
+}
+
+fn check(decoder: &Decoder, rows: &[&[u32]]) -> Result<(), ModelError> {
+    let (vocab, trained) = (decoder.config().vocab, decoder.config().max_position_embeddings);
+    let wrong = |got: String, needed: String| Err(ModelError::Input { what: "token ids", got, needed });
+    if rows.is_empty() || rows.iter().any(|row| row.is_empty()) {
+        return wrong("none".to_owned(), "at least one".to_owned());
+    }
+    for row in rows {
+        if let Some(id) = row.iter().find(|&&id| i64::from(id) >= vocab) {
+            return wrong(format!("id {id}"), format!("ids below the vocabulary's {vocab}"));
+        }
+        if i64::try_from(row.len()).is_ok_and(|length| length > trained) {
+            let needed = format!("at most the {trained} the model was trained for (max_position_embeddings)");
+            return wrong(format!("{} ids", row.len()), needed);
+        }
+    }
+    Ok(())
 }

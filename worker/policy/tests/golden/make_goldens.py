@@ -1,7 +1,8 @@
-"""Writes small random models and the log-probs `transformers` gives a text: the goldens of model_golden.rs.
+"""Writes small random models and what `transformers` computes with them: the goldens of model_golden.rs.
 
 Run with torch 2.11.0 and transformers 5.23.0: python make_goldens.py DIR (this directory). Weights are bf16 to
-keep the files small; log-probs are computed from them in f32.
+keep the files small; everything is computed from them in f32. `make parity` compares far more, with both programs
+at hand; these hold every build to it.
 """
 
 import json
@@ -9,7 +10,15 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 SIZES = dict(
     hidden_size=32,
@@ -37,7 +46,57 @@ MODELS = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, dict(tie_word_embeddings=True)),
     "llama": (LlamaConfig, LlamaForCausalLM, dict(tie_word_embeddings=False, rope_parameters=LLAMA3)),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, dict(tie_word_embeddings=True, head_dim=16)),
+    "qwen2_untied": (Qwen2Config, Qwen2ForCausalLM, dict(tie_word_embeddings=False)),
 }
+TEMPERATURE, ENTROPY_COEFF = 0.8, 0.05
+PROMPTS = [1, 5, 20, 60]
+NEW_TOKENS = 24
+
+
+def rounded(values: torch.Tensor, digits: int = 6) -> list[float]:
+    return [round(x, digits) for x in values.tolist()]
+
+
+def loss_rows(ids: list[int]) -> list[dict]:
+    """Rows of several lengths whose masks have gaps, as turns and observations leave them."""
+    rows = []
+    for start, length, advantage in [(0, 40, 1.25), (40, 17, -0.75), (57, 63, 0.5)]:
+        mask = [j > 3 and j % 7 not in (0, 1) for j in range(length)]
+        advantages = [advantage if has_loss else 0.0 for has_loss in mask]
+        rows.append(dict(ids=ids[start : start + length], loss_mask=mask, advantages=advantages))
+    return rows
+
+
+def sketch(gradient: torch.Tensor) -> list[float]:
+    """A gradient in four numbers: its norm, its sum, and its products with two waves."""
+    flat = gradient.double().flatten()
+    at = torch.arange(len(flat), dtype=torch.float64)
+    return [x.item() for x in (flat.norm(), flat.sum(), (flat * at.cos()).sum(), (flat * (0.7 * at).sin()).sum())]
+
+
+def gradients(model, rows: list[dict]) -> dict[str, list[float]]:
+    """Of GRPO's loss where the old policy is the current one, averaged over the tokens with loss."""
+    loss, tokens = torch.tensor(0.0), 0
+    for row in rows:
+        ids, mask = torch.tensor(row["ids"]), torch.tensor(row["loss_mask"])
+        log_softmax = (model(input_ids=ids[None]).logits[0, :-1] / TEMPERATURE).log_softmax(-1)
+        log_probs = log_softmax.gather(1, ids[1:, None])[:, 0]
+        entropies = -(log_softmax.exp() * log_softmax).sum(-1)
+        terms = -torch.tensor(row["advantages"])[1:] * log_probs - ENTROPY_COEFF * entropies
+        loss = loss + (terms * mask[1:]).sum()
+        tokens += int(mask.sum())
+    (loss / tokens).backward()
+    return {name: sketch(parameter.grad) for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def continuation(model, prompt: list[int]) -> list[int]:
+    config = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+    model.generation_config = config
+    ids = torch.tensor([prompt])
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)[
+        0, len(prompt) :
+    ].tolist()
 
 
 def main(out: Path) -> None:
@@ -53,9 +112,18 @@ def main(out: Path) -> None:
         model = model_class.from_pretrained(out / name, dtype=torch.float32, attn_implementation="eager").eval()
         ids = torch.randint(2, SIZES["vocab_size"], (1, 120))
         with torch.no_grad():
-            log_probs = model(input_ids=ids).logits.log_softmax(-1)
-        chosen = log_probs[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
-        golden = dict(ids=ids[0].tolist(), log_probs=[round(x, 6) for x in chosen.tolist()])
+            log_softmax = model(input_ids=ids).logits.log_softmax(-1)[0, :-1]
+        text = ids[0].tolist()
+        golden = dict(
+            ids=text,
+            log_probs=rounded(log_softmax.gather(1, ids[0, 1:, None])[:, 0]),
+            entropies=rounded(-(log_softmax.exp() * log_softmax).sum(-1)),
+            temperature=TEMPERATURE,
+            entropy_coeff=ENTROPY_COEFF,
+            rows=loss_rows(text),
+            gradients=gradients(model, loss_rows(text)),
+            greedy=[dict(prompt=text[:length], ids=continuation(model, text[:length])) for length in PROMPTS],
+        )
         (out / name / "golden.json").write_text(json.dumps(golden) + "\n")
         (out / name / "generation_config.json").unlink(missing_ok=True)
 

@@ -1,0 +1,239 @@
+//! Sampling follows the distribution it says it does: drawn tokens against the softmax by chi-square, through the
+//! engine, with fixed seeds; and what a chain draws does not depend on who shares its batch.
+//!
+//! The model's logits depend on the prompt alone, so that every chain with the same prompt draws its first token
+//! from one known distribution.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking, too")]
+
+mod support;
+
+use std::collections::BTreeMap;
+
+use agentfly_common::ids::PolicyVersion;
+use agentfly_common::sampling::{Generation, SamplingParams};
+use agentfly_policy::engine::{Engine, EngineConfig, TurnRequest};
+use agentfly_policy::model::Decoder;
+use support::{full_logits, model, text};
+use tch::Kind;
+
+/// Draws of each test: enough that a token of one per cent is expected 200 times.
+const DRAWS: u64 = 20_000;
+/// Chains at a time.
+const BATCH: u64 = 250;
+/// A cell expects at least this many draws, or is joined to the next: the approximation is good from five on.
+const CELL: f64 = 10.0;
+
+fn sampling(temperature: f64, top_p: f64, top_k: Option<u32>, max_tokens: u32) -> SamplingParams {
+    SamplingParams { temperature, top_p, top_k, max_tokens, stop_ids: Vec::new() }
+}
+
+/// A chain's number, its prompt, how it samples and its seed.
+type Request = (u64, Vec<u32>, SamplingParams, u64);
+
+/// Runs the chains together to their end.
+fn generate(
+    decoder: &Decoder,
+    max_slots: usize,
+    requests: impl IntoIterator<Item = Request>,
+) -> BTreeMap<u64, Generation> {
+    let limits =
+        EngineConfig { max_slots, cache_tokens: 1 << 16, max_tokens_per_chain: 96, max_prefill_tokens: 256 };
+    let mut engine = Engine::new(limits, decoder.config());
+    for (chain, new_tokens, sampling, seed) in requests {
+        let group = Some(u64::from(new_tokens[0]));
+        engine.submit(TurnRequest { chain, group, new_tokens, sampling, seed }).unwrap();
+    }
+    let mut done = BTreeMap::new();
+    while engine.has_work() {
+        for (chain, result) in engine.step(decoder, PolicyVersion(0)).unwrap() {
+            engine.release(chain);
+            done.insert(chain, result.unwrap());
+        }
+    }
+    done
+}
+
+/// What chains of this prompt sample under seeds 0, 1, 2, …, a batch at a time.
+fn draws(decoder: &Decoder, prompt: &[u32], sampling: &SamplingParams) -> Vec<Vec<u32>> {
+    let mut all = Vec::new();
+    for start in (0..DRAWS).step_by(BATCH as usize) {
+        let seeds = start..(start + BATCH).min(DRAWS);
+        let requests = seeds.map(|seed| (seed, prompt.to_vec(), sampling.clone(), seed));
+        all.extend(generate(decoder, BATCH as usize, requests).into_values().map(|g| g.ids));
+    }
+    all
+}
+
+/// Probabilities of softmax(logits / temperature) after the prompt, in f64.
+fn softmax(decoder: &Decoder, prompt: &[u32], temperature: f64) -> Vec<f64> {
+    let logits = full_logits(decoder, prompt).select(0, prompt.len() as i64 - 1).to_kind(Kind::Double);
+    Vec::<f64>::try_from((logits / temperature).softmax(-1, Kind::Double)).unwrap()
+}
+
+/// What top-k, then top-p within it, leave of a distribution, by their definitions.
+fn restricted(mut probs: Vec<f64>, top_p: f64, top_k: Option<u32>) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..probs.len()).collect();
+    order.sort_by(|&a, &b| probs[b].total_cmp(&probs[a]));
+    order.truncate(top_k.map_or(probs.len(), |k| k as usize));
+    let in_k: f64 = order.iter().map(|&id| probs[id]).sum();
+    let mut before = 0.0;
+    order.retain(|&id| {
+        let kept = before < top_p * in_k;
+        before += probs[id];
+        kept
+    });
+    let mass: f64 = order.iter().map(|&id| probs[id]).sum();
+    for (id, p) in probs.iter_mut().enumerate() {
+        *p = if order.contains(&id) { *p / mass } else { 0.0 };
+    }
+    probs
+}
+
+/// Pearson's statistic and its degrees of freedom. Cells that expect few draws are joined, in the order of ids, so
+/// that a shift of the draw by one token moves mass between cells.
+fn chi_square(counts: &[u64], probs: &[f64]) -> (f64, f64) {
+    let (mut statistic, mut cells) = (0.0, 0.0);
+    let (mut seen, mut expected) = (0.0, 0.0);
+    let mut left: f64 = DRAWS as f64;
+    for (count, p) in counts.iter().zip(probs) {
+        seen += *count as f64;
+        expected += p * DRAWS as f64;
+        // The last cell takes the rest with it.
+        if expected >= CELL && left - expected >= CELL {
+            statistic += (seen - expected).powi(2) / expected;
+            cells += 1.0;
+            left -= expected;
+            (seen, expected) = (0.0, 0.0);
+        }
+    }
+    statistic += (seen - expected).powi(2) / expected;
+    (statistic, cells)
+}
+
+/// Chi-square's quantile at 1 − 10⁻⁶ (Wilson and Hilferty 1931; within a per cent of tables from 5 degrees on).
+fn critical(degrees: f64) -> f64 {
+    let z = 4.7534;
+    let part = 2.0 / (9.0 * degrees);
+    degrees * (1.0 - part + z * part.sqrt()).powi(3)
+}
+
+#[track_caller]
+fn assert_drawn_from(decoder: &Decoder, prompt: &[u32], sampling: &SamplingParams) {
+    let probs = softmax(decoder, prompt, sampling.temperature);
+    let probs = restricted(probs, sampling.top_p, sampling.top_k);
+    let mut counts = vec![0; probs.len()];
+    for ids in draws(decoder, prompt, sampling) {
+        counts[ids[0] as usize] += 1;
+    }
+    for (id, (count, p)) in counts.iter().zip(&probs).enumerate() {
+        assert!(*p > 0.0 || *count == 0, "token {id} is cut off and was drawn {count} times: {sampling:?}");
+    }
+    let (statistic, degrees) = chi_square(&counts, &probs);
+    let bound = critical(degrees);
+    assert!(degrees >= 5.0, "{degrees} degrees of freedom prove little: {sampling:?}");
+    assert!(
+        statistic < bound,
+        "chi-square {statistic:.1} of {degrees} degrees exceeds {bound:.1}: {sampling:?}"
+    );
+}
+
+#[test]
+fn tokens_are_drawn_from_the_tempered_softmax() {
+    let decoder = model("qwen2", 1);
+    for temperature in [0.7, 1.0, 1.8] {
+        assert_drawn_from(&decoder, &text(9, 1), &sampling(temperature, 1.0, None, 1));
+    }
+}
+
+#[test]
+fn top_k_leaves_the_k_likeliest_in_proportion() {
+    let decoder = model("llama", 2);
+    for (top_k, temperature) in [(7, 1.0), (40, 1.5)] {
+        assert_drawn_from(&decoder, &text(7, 2), &sampling(temperature, 1.0, Some(top_k), 1));
+    }
+}
+
+#[test]
+fn top_p_leaves_the_nucleus_in_proportion() {
+    let decoder = model("qwen3", 3);
+    for (top_p, temperature) in [(0.95, 1.0), (0.6, 2.0)] {
+        assert_drawn_from(&decoder, &text(11, 3), &sampling(temperature, top_p, None, 1));
+    }
+}
+
+#[test]
+fn top_p_counts_mass_within_what_top_k_left() {
+    let decoder = model("qwen2", 4);
+    for (top_p, top_k) in [(0.8, 30), (0.9, 12)] {
+        assert_drawn_from(&decoder, &text(5, 4), &sampling(1.6, top_p, Some(top_k), 1));
+    }
+}
+
+#[test]
+fn successive_tokens_of_one_chain_are_independent_draws() {
+    // Pairs of neighbouring uniforms: were the stream's next number used twice, or a step apart in steps of the
+    // batch, the second token of a chain would follow the first.
+    let decoder = model("llama", 5);
+    let prompt = text(6, 5);
+    let pairs = draws(&decoder, &prompt, &sampling(1.0, 1.0, None, 2));
+    let first = softmax(&decoder, &prompt, 1.0);
+    let likeliest = (0..first.len()).max_by(|&a, &b| first[a].total_cmp(&first[b])).unwrap() as u32;
+    let seconds: Vec<u32> = pairs.iter().filter(|pair| pair[0] == likeliest).map(|pair| pair[1]).collect();
+    let longer = [prompt.as_slice(), &[likeliest]].concat();
+    let probs = softmax(&decoder, &longer, 1.0);
+    let expected: f64 = seconds.len() as f64;
+    assert!(expected > 500.0, "{expected} chains began with the likeliest token");
+    // One cell for each half of the mass, in the order of ids: a binomial count.
+    let (mut half, mut below) = (0, 0.0);
+    while below < 0.5 {
+        below += probs[half];
+        half += 1;
+    }
+    let seen = seconds.iter().filter(|&&id| (id as usize) < half).count() as f64;
+    let deviation = (seen - expected * below) / (expected * below * (1.0 - below)).sqrt();
+    assert!(deviation.abs() < 4.9, "{seen} of {expected} in a part of mass {below:.3}: {deviation:.1} sigma");
+}
+
+#[test]
+fn what_a_chain_draws_does_not_depend_on_its_batch() {
+    let decoder = model("qwen3", 6);
+    let settings =
+        [sampling(1.0, 1.0, None, 24), sampling(0.8, 0.9, None, 24), sampling(1.2, 1.0, Some(9), 24)];
+    let watched = |chain: u64| {
+        let sampling = settings[chain as usize % settings.len()].clone();
+        (chain, text(3 + chain as usize, chain as u32), sampling, 1_000 + chain)
+    };
+    let alone: Vec<Generation> =
+        (0..9).map(|chain| generate(&decoder, 1, [watched(chain)]).remove(&chain).unwrap()).collect();
+    // Three worlds: few slots; many strangers; strangers that sample otherwise, before and after.
+    let stranger = |chain: u64, temperature: f64, top_p: f64| {
+        let length = 1 + (chain as usize * 7) % 40;
+        (
+            100 + chain,
+            text(length, chain as u32),
+            sampling(temperature, top_p, None, 1 + chain as u32 % 30),
+            chain,
+        )
+    };
+    let worlds: [(usize, Vec<_>); 3] = [
+        (2, (0..9).map(watched).collect()),
+        (64, (0..9).map(watched).chain((0..40).map(|c| stranger(c, 1.0, 1.0))).collect()),
+        (
+            16,
+            (0..20)
+                .map(|c| stranger(c, 0.0, 1.0))
+                .chain((0..9).map(watched))
+                .chain((20..40).map(|c| stranger(c, 1.5, 0.7)))
+                .collect(),
+        ),
+    ];
+    for (world, (slots, requests)) in worlds.into_iter().enumerate() {
+        let together = generate(&decoder, slots, requests);
+        for (chain, alone) in alone.iter().enumerate() {
+            let here = &together[&(chain as u64)];
+            assert_eq!(here.ids, alone.ids, "chain {chain} in world {world}");
+            let differ = here.log_probs.iter().zip(&alone.log_probs).map(|(a, b)| (a - b).abs());
+            assert!(differ.fold(0.0, f32::max) < 1e-4, "chain {chain} in world {world}");
+        }
+    }
+}
