@@ -67,6 +67,8 @@ fn build() -> Result<(), String> {
         .include(include.join("torch/csrc/api/include"))
         // The operators' loops are written to be vectorised, whatever the profile.
         .opt_level(3)
+        // libtorch's headers would make a hundred megabytes of it, and the build minutes longer.
+        .debug(false)
         .flags(["-fopenmp", "-fno-math-errno", "-fno-trapping-math"])
         .files(SOURCES.map(|name| format!("csrc/{name}.cpp")));
     if nccl {
