@@ -68,8 +68,9 @@ async fn a_job_that_fits_gets_a_plan_with_its_parts() {
     let plan = &report["job"]["plan"];
     assert_eq!(report["problems"], json!([]));
     assert_eq!(plan["precision"], "bf16");
-    assert_eq!(plan["rank"]["reference"], plan["rank"]["weights"], "bfloat16 twice");
-    assert_eq!(plan["rank"]["weights"].as_u64(), report["job"]["parameters"].as_u64().map(|all| 2 * all));
+    assert_eq!(plan["rank"]["reference"], plan["rank"]["weights"]);
+    let parameters = report["job"]["parameters"].as_u64().unwrap();
+    assert_eq!(plan["rank"]["optimizer"].as_u64(), Some(12 * parameters), "whole on the one rank");
     assert!(plan["rank"]["total_bytes"].as_u64() <= plan["budget_bytes"].as_u64(), "{plan}");
 }
 

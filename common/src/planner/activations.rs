@@ -6,25 +6,21 @@ use crate::model_dir::ModelConfig;
 
 use super::Precision;
 
-/// Logits of the head that exist at a time, as f32 numbers (the learner's head works in pieces of this size).
-const HEAD_NUMBERS: u64 = 4 << 20;
-/// Tokens of a piece of the head at least, however large the vocabulary.
-const HEAD_TOKENS: u64 = 16;
-/// Tensors of that size that are alive at once: logits, their log-softmax, its gradient, the logits' gradient.
-const HEAD_COPIES: u64 = 4;
+/// Logits of the head that exist at a time, as numbers; the head and the loss run in pieces of this size.
+const HEAD_NUMBERS: u64 = 32 << 20;
+/// Tokens of a piece at least, however large the vocabulary.
+const HEAD_TOKENS: u64 = 64;
 
 /// Numbers that one layer keeps of one token for the backward pass.
 ///
 /// | kept | numbers |
 /// |---|---|
-/// | input of the block | h |
-/// | normed input | h |
-/// | queries, keys, values | q + 2 kv |
-/// | rotated queries and keys | q + kv |
+/// | input of the block, normed input | 2 h |
+/// | rotated queries and keys, values | q + 2 kv |
 /// | attention's output | q |
-/// | residual after attention | h |
-/// | normed again | h |
-/// | gate, up, activated product | 3 m |
+/// | residual after attention, normed again | 2 h |
+/// | gate and up, their activated product | 3 m |
+/// | queries and keys before their norms (Qwen3) | q + kv |
 ///
 /// h: hidden size; q: query heads × channels; kv: key/value heads × channels; m: width of the MLP.
 #[must_use]
@@ -33,7 +29,8 @@ pub fn layer_numbers(model: &ModelConfig) -> u64 {
     let (hidden, mlp) = (of(model.hidden), of(model.intermediate));
     let queries = of(model.heads).saturating_mul(of(model.head_dim));
     let keys = of(model.kv_heads).saturating_mul(of(model.head_dim));
-    [(4, hidden), (3, queries), (3, keys), (3, mlp)]
+    let before_norms = u64::from(model.architecture.qk_norm());
+    [(4, hidden), (2 + before_norms, queries), (2 + before_norms, keys), (3, mlp)]
         .iter()
         .fold(0, |sum: u64, (times, numbers)| sum.saturating_add(numbers.saturating_mul(*times)))
 }
@@ -56,9 +53,10 @@ pub fn activation_bytes(model: &ModelConfig, precision: Precision, tokens: u64, 
     kept.saturating_add(working).saturating_add(ends).saturating_mul(precision.bytes()).saturating_mul(tokens)
 }
 
-/// Bytes of the head and the loss, which run in pieces: they depend on the vocabulary, not on the micro-batch.
+/// Bytes of the head and the loss: the logits of a piece in f32, and their gradient in the model's numbers.
 #[must_use]
-pub fn head_bytes(model: &ModelConfig) -> u64 {
-    let vocab = u64::try_from(model.vocab).unwrap_or(u64::MAX);
-    HEAD_NUMBERS.max(vocab.saturating_mul(HEAD_TOKENS)).saturating_mul(4 * HEAD_COPIES)
+pub fn head_bytes(model: &ModelConfig, precision: Precision, tokens: u64) -> u64 {
+    let vocab = u64::try_from(model.vocab).unwrap_or(u64::MAX).max(1);
+    let rows = (HEAD_NUMBERS / vocab / HEAD_TOKENS * HEAD_TOKENS).max(HEAD_TOKENS).min(tokens);
+    rows.saturating_mul(vocab).saturating_mul(4 + precision.bytes())
 }

@@ -13,9 +13,9 @@
 //!
 //! | part | bytes |
 //! |---|---|
-//! | weights | P · e |
-//! | reference (`use_kl_loss`) | P · e |
-//! | gradients | P · e in the model's numbers, 4 P summed in f32 |
+//! | weights, and the matrices again as products read them | 2 P · e |
+//! | reference (`use_kl_loss`) | 2 P · e |
+//! | gradients | 4 P: summed in f32 |
 //! | optimizer | 12 P: f32 master weights and both moments; divided by the ranks that share it |
 //! | libtorch, tokenizer, process | [`fixed_bytes`] |
 //! | *rollout:* KV cache, prefill, sampling | [`Plan::cache_tokens`] · 2 · layers · kv · e, and workspace |

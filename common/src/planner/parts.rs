@@ -11,19 +11,19 @@ use super::{activation_bytes, head_bytes, layer_numbers};
 const CPU_FIXED_BYTES: u64 = 220 << 20;
 /// A CUDA context, its libraries' workspaces, NCCL's buffers.
 const CUDA_FIXED_BYTES: u64 = 1200 << 20;
-/// f32 tensors `[slots, vocab]` alive while tokens are drawn: logits, probabilities, their order.
-const SAMPLING_COPIES: u64 = 3;
+/// f32 tensors `[slots, vocab]` alive while tokens are drawn: logits, and their order where that is asked for.
+const SAMPLING_COPIES: u64 = 2;
 /// The norm of the gradient is taken in f64 from a copy.
 const SCRATCH_BYTES_A_WEIGHT: u64 = 8;
 
 /// Bytes of one rank.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct RankBytes {
-    /// The network.
+    /// The network, and its matrices once more as products read them.
     pub weights: u64,
     /// The frozen copy for the KL loss.
     pub reference: u64,
-    /// Gradients in the model's numbers, and their f32 sum.
+    /// The f32 sums of the gradients.
     pub gradients: u64,
     /// Master weights and both moments: this rank's share.
     pub optimizer: u64,
@@ -79,6 +79,15 @@ pub fn parameters(model: &ModelConfig) -> u64 {
     model.tensors().iter().fold(0, |sum, (_, shape)| sum.saturating_add(count(shape)))
 }
 
+/// Weights that are held a second time, in the layout that products read: every matrix but an embedding that is not
+/// the head too.
+fn packed(model: &ModelConfig) -> u64 {
+    let of = |dimension: i64| u64::try_from(dimension).unwrap_or(u64::MAX);
+    let embedding = of(model.vocab).saturating_mul(of(model.hidden));
+    let once = if model.tie_word_embeddings { 0 } else { embedding };
+    parameters(model).saturating_sub(once)
+}
+
 /// What a rank's process holds before it has a model.
 #[must_use]
 pub fn fixed_bytes(kind: DeviceKind) -> u64 {
@@ -109,7 +118,11 @@ pub(super) fn rollout_workspace(work: &Workload<'_>, slots: u64) -> u64 {
 
 /// Head and activations of a micro-batch.
 pub(super) fn training_bytes(work: &Workload<'_>, tokens: u64, recompute: bool) -> u64 {
-    activation_bytes(work.model, work.precision, tokens, recompute).saturating_add(head_bytes(work.model))
+    activation_bytes(work.model, work.precision, tokens, recompute).saturating_add(head_bytes(
+        work.model,
+        work.precision,
+        tokens,
+    ))
 }
 
 /// All parts, for a cache of `cache_tokens` in `slots` and micro-batches of `tokens`.
@@ -120,17 +133,17 @@ pub(super) fn rank_bytes(
     (tokens, recompute): (u64, bool),
 ) -> RankBytes {
     let (all, number) = (parameters(work.model), work.precision.bytes());
-    let weights = all.saturating_mul(number);
+    let weights = all.saturating_add(packed(work.model)).saturating_mul(number);
     RankBytes {
         weights,
         reference: if work.reference { weights } else { 0 },
-        gradients: weights.saturating_add(all.saturating_mul(4)),
+        gradients: all.saturating_mul(4),
         optimizer: all.saturating_mul(12).div_ceil(u64::from(work.optimizer_shards.max(1))),
         fixed: fixed_bytes(kind),
         kv_cache: cache_bytes_a_token(work).saturating_mul(cache_tokens),
         rollout_workspace: rollout_workspace(work, slots),
         activations: activation_bytes(work.model, work.precision, tokens, recompute),
-        head: head_bytes(work.model),
+        head: head_bytes(work.model, work.precision, tokens),
         update_scratch: all.saturating_mul(SCRATCH_BYTES_A_WEIGHT),
         total_bytes: 0,
     }

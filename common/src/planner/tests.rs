@@ -62,16 +62,21 @@ fn the_parts_are_those_of_the_table() {
     assert_eq!(all, 134_515_008, "as transformers counts them");
     let plan = plan(&Workload { reference: true, ..work(&model) }, &cpu(24, 2)).unwrap();
     let rank = plan.rank;
-    assert_eq!((rank.weights, rank.reference), (2 * all, 2 * all));
-    assert_eq!((rank.gradients, rank.optimizer), (6 * all, 12 * all));
+    assert_eq!(
+        (rank.weights, rank.reference),
+        (4 * all, 4 * all),
+        "bfloat16 twice: the head is the embedding"
+    );
+    assert_eq!((rank.gradients, rank.optimizer), (4 * all, 12 * all));
     // 2 numbers · 2 bytes · 30 layers · 3 heads · 64 channels.
     assert_eq!(rank.kv_cache, plan.cache_tokens * 23_040);
     assert_eq!(plan.cache_tokens, 64 * 1024, "every chain may fill its window");
     assert_eq!((plan.micro_batch, plan.micro_batch_tokens), (MicroBatch::Tokens(4096), 4096));
     // h = q = 576, kv = 192, m = 1536.
-    let layer = 4 * 576 + 3 * 576 + 3 * 192 + 3 * 1536;
+    let layer = 4 * 576 + 2 * 576 + 2 * 192 + 3 * 1536;
     assert_eq!(layer_numbers(&model), layer);
     assert_eq!(rank.activations, 4096 * 2 * (31 * layer + 3 * 576));
+    assert_eq!(rank.head, 640 * 49_152 * 6, "ten times 64 tokens make less than 32 Mi logits");
     assert_eq!(
         rank.total_bytes,
         rank.resident() + rank.rollout().max(rank.training()).max(rank.update_scratch)
@@ -93,7 +98,7 @@ fn a_job_that_cannot_fit_is_refused_with_its_parts_and_with_what_would() {
     let model = large();
     let told = plan(&work(&model), &cpu(24, 2)).unwrap_err().to_string();
     for part in
-        ["a rank needs at least", "of the 24.0 GiB of this node, which 2 ranks share", "15.0 GiB of weights"]
+        ["a rank needs at least", "of the 24.0 GiB of this node, which 2 ranks share", "28.9 GiB of weights"]
     {
         assert!(told.contains(part), "{part}: {told}");
     }

@@ -48,9 +48,13 @@ pub fn rows(plan: &Plan) -> Vec<(&'static str, u64, String)> {
     let again = if recompute { ", computed again layer by layer" } else { "" };
     let activations = format!("a micro-batch of {} tokens{again}; while training", plan.micro_batch_tokens);
     vec![
-        ("weights", rank.weights, plan.precision.to_string()),
+        (
+            "weights",
+            rank.weights,
+            format!("{}, and the matrices again as products read them", plan.precision),
+        ),
         ("reference", rank.reference, "frozen copy for the KL loss".to_owned()),
-        ("gradients", rank.gradients, format!("{} and their f32 sum", plan.precision)),
+        ("gradients", rank.gradients, "summed in float32".to_owned()),
         ("optimizer", rank.optimizer, optimizer),
         ("process", rank.fixed, "libtorch, tokenizer, chains".to_owned()),
         ("KV cache", rank.kv_cache, cache),

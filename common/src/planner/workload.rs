@@ -71,7 +71,7 @@ impl<'a> Workload<'a> {
             window: rollout.max_model_len,
             chains: rollout.max_num_seqs.min(at_a_time).max(1),
             micro_batch: micro_batch(&config.actor_rollout_ref.actor),
-            can_recompute: false,
+            can_recompute: true,
         }
     }
 }

@@ -44,6 +44,7 @@ pub(super) fn learner_config(config: &Config, total_steps: u64, plan: &Plan) -> 
                 MicroBatchLimit::Tokens(plan.micro_batch_tokens as usize)
             }
         },
+        recompute_above: plan.recompute_above_tokens.map_or(usize::MAX, |tokens| tokens as usize),
         temperature: config.actor_rollout_ref.rollout.temperature,
         ..LearnerConfig::default()
     }

@@ -120,11 +120,11 @@ async fn start_device(
     DeviceHandle::start(make).await.map_err(RankError::operator)
 }
 
-/// The engine's limits: its cache is rows of whole windows.
+/// The engine's limits.
 fn engine_config(plan: &Plan) -> EngineConfig {
-    let rows = (plan.cache_tokens / u64::from(plan.window.max(1))).clamp(1, u64::from(plan.slots));
     EngineConfig {
-        max_slots: usize::try_from(rows).unwrap_or(usize::MAX),
+        max_slots: plan.slots as usize,
+        cache_tokens: usize::try_from(plan.cache_tokens).unwrap_or(usize::MAX),
         max_tokens_per_chain: plan.window as usize,
         max_prefill_tokens: PREFILL_TOKENS as usize,
     }
