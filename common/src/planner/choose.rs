@@ -18,6 +18,8 @@ const WINDOW_STEP: u32 = 256;
 /// The KV caches of CPU ranks may together take one part in this many of the node's memory: files that are read and
 /// other programs want the rest.
 const CPU_CACHE_SHARE: u64 = 4;
+/// Tokens of a chain that the KV cache has room for even where training needs less memory than that.
+const SHORT_CHAIN: u64 = 1024;
 /// More tokens than any micro-batch.
 const MOST_TOKENS: u64 = 1 << 24;
 
@@ -66,18 +68,16 @@ pub(super) fn attempt(work: &Workload<'_>, machine: &Machine) -> Result<Plan, (R
     let longest = u64::from(tokens).max(u64::from(window));
     let recompute_above_tokens = (longest > plain).then(|| u32::try_from(plain).unwrap_or(u32::MAX));
 
-    let share = match (machine.kind, machine.memory_bytes) {
-        (DeviceKind::Cpu, Some(memory)) => {
-            memory / CPU_CACHE_SHARE / u64::from(machine.ranks.max(1)) / a_token
-        }
-        _ => u64::MAX,
-    };
+    let recompute = u64::from(tokens) > plain;
     let slots = slots_that_fit(work, free, window, a_token);
-    let room = free.saturating_sub(rollout_workspace(work, slots)) / a_token;
-    let cache_tokens = (slots * u64::from(window)).min(room).min(share.max(u64::from(window)));
-    let of_micro = (u64::from(tokens), u64::from(tokens) > plain);
+    let training = training_bytes(work, u64::from(tokens), recompute);
+    let cache_tokens = cache_tokens(work, machine, (slots, window), (free, training));
+    let rank = rank_bytes(work, machine.kind, (slots, cache_tokens), (u64::from(tokens), recompute));
+    let of_window = (u64::from(window), u64::from(window) > plain);
+    let longest = rank_bytes(work, machine.kind, (slots, cache_tokens), of_window).total_bytes;
     Ok(Plan {
-        rank: rank_bytes(work, machine.kind, (slots, cache_tokens), of_micro),
+        rank,
+        longest_chain_bytes: (longest > rank.total_bytes).then_some(longest),
         ranks: machine.ranks,
         memory_bytes: machine.memory_bytes,
         budget_bytes: budget,
@@ -91,6 +91,30 @@ pub(super) fn attempt(work: &Workload<'_>, machine: &Machine) -> Result<Plan, (R
         micro_batch_tokens: tokens,
         recompute_above_tokens,
     })
+}
+
+/// Room for every chain's whole window where there is as much. The cache is given back before training, so on a CPU
+/// it takes what training needs in any case, and more only for short chains: the rest of a node's memory is of use to
+/// files and to other programs. A GPU's is of no other use.
+fn cache_tokens(
+    work: &Workload<'_>,
+    machine: &Machine,
+    (slots, window): (u64, u32),
+    (free, training): (u64, u64),
+) -> u64 {
+    let (a_token, workspace, window) =
+        (cache_bytes_a_token(work).max(1), rollout_workspace(work, slots), u64::from(window));
+    let all = slots.saturating_mul(window);
+    let room = free.saturating_sub(workspace) / a_token;
+    if machine.kind == DeviceKind::Cuda {
+        return all.min(room);
+    }
+    let share = machine
+        .memory_bytes
+        .map_or(u64::MAX, |memory| memory / CPU_CACHE_SHARE / u64::from(machine.ranks.max(1)) / a_token);
+    let in_training = training.saturating_sub(workspace) / a_token;
+    let short_chains = slots.saturating_mul(window.min(SHORT_CHAIN));
+    all.min(in_training.max(short_chains).min(share).max(window)).min(room)
 }
 
 /// Tokens of the smallest micro-batch that the settings allow.

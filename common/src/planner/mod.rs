@@ -52,6 +52,8 @@ use crate::config::MicroBatch;
 pub struct Plan {
     /// Bytes of a rank, by part.
     pub rank: RankBytes,
+    /// The peak with a chain that fills its window, where that is more than a full micro-batch needs: it is one alone.
+    pub longest_chain_bytes: Option<u64>,
     /// Ranks that share the memory.
     pub ranks: u32,
     /// The memory they share, if it is known: the node's for CPU ranks, the GPU's for a rank on one.

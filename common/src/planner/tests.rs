@@ -202,18 +202,20 @@ proptest! {
         let referred = bytes(&Workload { reference: true, ..base }, &room).unwrap();
         prop_assert!(longer.kv_cache >= there.kv_cache && longer.total_bytes >= there.total_bytes);
         prop_assert!(bigger.activations > there.activations && bigger.total_bytes >= there.total_bytes);
-        prop_assert!(crowded.rollout() > there.rollout());
+        prop_assert!(crowded.rollout_workspace > there.rollout_workspace);
         prop_assert_eq!(referred.total_bytes, there.total_bytes + there.weights);
 
         let chosen = Workload { micro_batch: MicroBatch::Planned, ..base };
         if let Ok(tight) = plan(&chosen, &cpu(gib, ranks)) {
-            prop_assert!(tight.rank.total_bytes <= tight.budget_bytes.unwrap(), "{:?}", tight);
+            let peak = tight.longest_chain_bytes.unwrap_or(0).max(tight.rank.total_bytes);
+            prop_assert!(peak <= tight.budget_bytes.unwrap(), "{:?}", tight);
             prop_assert!(tight.cache_tokens >= u64::from(tight.window), "one chain always fits");
             let wide = plan(&chosen, &cpu(gib + 8, ranks)).unwrap();
             let alone = plan(&chosen, &cpu(gib, 1)).unwrap();
             for roomier in [wide, alone] {
                 prop_assert!(roomier.micro_batch_tokens >= tight.micro_batch_tokens);
-                prop_assert!(roomier.cache_tokens >= tight.cache_tokens && roomier.slots >= tight.slots);
+                prop_assert!(roomier.slots >= tight.slots);
+                prop_assert!(roomier.slots > tight.slots || roomier.cache_tokens >= tight.cache_tokens);
             }
         }
     }

@@ -86,6 +86,12 @@ impl Plan {
             }
             _ => format!("micro-batches of up to {} tokens", self.micro_batch_tokens),
         });
+        if let Some(bytes) = self.longest_chain_bytes {
+            lines.push(format!(
+                "a longer chain is a micro-batch alone: {} at its peak if it fills its window",
+                bytes_in_words(bytes)
+            ));
+        }
         if let Some(above) = self.recompute_above_tokens {
             lines
                 .push(format!("activations are computed again in micro-batches of more than {above} tokens"));
