@@ -21,6 +21,7 @@ pub mod feed;
 pub mod head;
 pub mod http;
 pub mod journal;
+pub mod memory_check;
 pub mod model_check;
 pub mod process;
 pub mod recorder;

@@ -7,11 +7,34 @@ use std::path::Path;
 
 use agentfly_common::config::Config;
 use agentfly_common::model_dir::{
-    ModelDir, chat_template, check_template, fitting_templates, special_tokens,
+    ModelConfig, ModelDir, chat_template, check_template, fitting_templates, special_tokens,
 };
+use agentfly_hub::{HubError, Want, local_model};
 use anyhow::anyhow;
 
 use crate::failure::{Failure, Outcome};
+
+/// Fetches the model that `actor_rollout_ref.model.path` names on the hub, and puts its folder there. What can be
+/// refused by its configuration alone is refused before its weights are fetched.
+///
+/// # Errors
+/// What keeps it from being fetched or used.
+pub fn fetch_model(config: &mut Config) -> Outcome {
+    let name = config.actor_rollout_ref.model.path.clone();
+    let failed = |error: HubError| {
+        let whose = error.whose();
+        Failure { whose, error: error.into() }
+            .context("the model cannot be fetched (actor_rollout_ref.model.path)")
+    };
+    let dir = local_model(&name, Want::Configuration).map_err(failed)?;
+    check_chat_template(config.agent.template.as_deref(), &dir).map_err(Failure::operator)?;
+    let model = ModelConfig::from_dir(&dir).map_err(Failure::operator)?;
+    model.window(&config.actor_rollout_ref.rollout).map_err(Failure::operator)?;
+    let dir = local_model(&name, Want::Everything).map_err(failed)?;
+    config.agent.model_name_or_path = config.agent.model_name_or_path.take().map(|_| dir.clone());
+    config.actor_rollout_ref.model.path = dir;
+    Ok(())
+}
 
 /// Inspects `actor_rollout_ref.model.path`: configuration, weights, tokenizer, chat template where none is set, and
 /// the window.

@@ -9,7 +9,9 @@ use agentfly_common::config::{
     BatchPlan, Config, REWARDS, ResumeMode, batch_plan, preflight, reward_reference,
 };
 use agentfly_common::ids::Purpose;
+use agentfly_common::model_dir::ModelConfig;
 use agentfly_common::row::QUESTION_FIELDS;
+use agentfly_hub::hub_name;
 use anyhow::anyhow;
 
 use crate::core::JobPlan;
@@ -17,7 +19,7 @@ use crate::core::event::{CoreFault, JobSpec};
 use crate::data::{Cursor, Dataset, Limits, Need, Order, Row};
 use crate::failure::{Failure, Outcome};
 use crate::journal::NewJob;
-use crate::model_check::check_model;
+use crate::model_check::{check_model, fetch_model};
 use crate::store::run_dir::{Opened, RunDir, RunDirError};
 use crate::store::{checkpoints, free_bytes};
 
@@ -103,25 +105,35 @@ impl Questions {
 /// What [`check`] found.
 #[derive(Debug)]
 pub struct Checked {
+    /// The settings, with the folder of a model that was given by its hub name.
+    pub config: Config,
+    /// The model's shape.
+    pub model: ModelConfig,
     /// The data.
     pub questions: Questions,
     /// The batch arithmetic.
     pub plan: BatchPlan,
 }
 
-/// Makes every path of the settings absolute; relative ones start at `working_dir`.
+/// Makes every path of the settings absolute; relative ones start at `working_dir`. A model's hub name stays one,
+/// unless a folder of that name is there.
 #[must_use]
 pub fn with_absolute_paths(mut config: Config, working_dir: &Path) -> Config {
     let absolute = |path: &mut PathBuf| *path = lexically_clean(&working_dir.join(&path));
+    let model = |path: &mut PathBuf| {
+        if working_dir.join(&path).exists() || hub_name(path).is_none() {
+            absolute(path);
+        }
+    };
     config.data.train_files.iter_mut().chain(&mut config.data.val_files).for_each(absolute);
-    absolute(&mut config.actor_rollout_ref.model.path);
+    model(&mut config.actor_rollout_ref.model.path);
+    config.agent.model_name_or_path.iter_mut().for_each(model);
     let (run_dir, trainer) = (config.trainer.run_dir(), &mut config.trainer);
     trainer.run_dir = Some(run_dir);
     [&mut trainer.run_dir, &mut trainer.default_local_dir, &mut trainer.resume_from_path]
         .into_iter()
         .flatten()
         .for_each(absolute);
-    config.agent.model_name_or_path.iter_mut().for_each(absolute);
     config
 }
 
@@ -130,18 +142,23 @@ fn lexically_clean(path: &Path) -> PathBuf {
     path.components().collect()
 }
 
-/// Checks what can be checked before anything starts: paths, model files, every question, the batch arithmetic
-/// and the room for a checkpoint. Paths must be absolute already.
+/// Checks what can be checked before anything starts: paths, every question, the batch arithmetic, model files and
+/// the room for a checkpoint. Paths must be absolute already. A model given by its hub name is fetched, once for all
+/// ranks, after everything else was found right.
 ///
 /// # Errors
 /// What is wrong, and what to do.
-pub fn check(config: &Config) -> Outcome<Checked> {
-    preflight(config)?;
-    let model = check_model(config)?;
-    let questions = Questions::load(config)?;
-    let plan = batch_plan(config, Some(questions.train_rows() as u64)).map_err(Failure::operator)?;
-    check_room(config, model.weight_bytes())?;
-    Ok(Checked { questions, plan })
+pub fn check(mut config: Config) -> Outcome<Checked> {
+    let on_the_hub = hub_name(&config.actor_rollout_ref.model.path).is_some();
+    preflight(&config, on_the_hub)?;
+    let questions = Questions::load(&config)?;
+    let plan = batch_plan(&config, Some(questions.train_rows() as u64)).map_err(Failure::operator)?;
+    if on_the_hub {
+        fetch_model(&mut config)?;
+    }
+    let model = check_model(&config)?;
+    check_room(&config, model.weight_bytes())?;
+    Ok(Checked { config, model: model.config, questions, plan })
 }
 
 /// One checkpoint must fit: weights as exported, plus f32 master weights and both moments of AdamW: seven times a
@@ -176,7 +193,7 @@ impl Proposal {
     /// What is wrong, and what to do.
     pub fn check(config: Config, working_dir: &Path) -> Outcome<Self> {
         let config = with_absolute_paths(config, working_dir);
-        let Checked { questions, .. } = check(&config)?;
+        let Checked { config, questions, .. } = check(config)?;
         let (train_rows, validation_rows) = (questions.train_rows(), questions.validation_rows());
         let validation_sources = questions.validation.iter().map(|row| row.data_source.clone()).collect();
         let spec = JobSpec { config, train_rows, validation_rows, validation_sources, resume: None };
@@ -266,5 +283,19 @@ mod tests {
         assert_eq!(config.trainer.checkpoint_dir(), Path::new("/home/me/runs/p/default/checkpoints"));
         let again = with_absolute_paths(config.clone(), Path::new("/elsewhere"));
         assert_eq!(again, config, "absolute paths stay");
+    }
+
+    #[test]
+    fn a_hub_name_is_no_path_unless_a_folder_has_that_name() {
+        let model = |name: &str, working_dir: &Path| {
+            let settings = [format!("actor_rollout_ref.model.path={name}")];
+            let config = agentfly_common::config::resolve(&settings, None, []).unwrap().config;
+            with_absolute_paths(config, working_dir).actor_rollout_ref.model.path
+        };
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(model("acme/tiny@v2", folder.path()), Path::new("acme/tiny@v2"));
+        assert_eq!(model("./acme/tiny", folder.path()), folder.path().join("acme/tiny"));
+        std::fs::create_dir_all(folder.path().join("acme/tiny")).unwrap();
+        assert_eq!(model("acme/tiny", folder.path()), folder.path().join("acme/tiny"));
     }
 }

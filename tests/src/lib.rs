@@ -4,5 +4,6 @@
 #![forbid(unsafe_code)]
 
 pub mod cluster;
+pub mod hub;
 pub mod job;
 pub mod tree;

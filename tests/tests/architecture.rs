@@ -22,12 +22,14 @@ fn dependencies_follow_the_arrows() {
     let allowed: &[(&str, &[&str])] = &[
         ("proto", &[]),
         ("common", &["agentfly-proto"]),
-        ("coordinator", &["agentfly-proto", "agentfly-common"]),
+        ("common/hub", &["agentfly-common"]),
+        ("coordinator", &["agentfly-proto", "agentfly-common", "agentfly-hub"]),
         (
             "worker",
             &[
                 "agentfly-proto",
                 "agentfly-common",
+                "agentfly-hub",
                 "agentfly-agent",
                 "agentfly-policy",
                 "agentfly-sandbox",
@@ -49,7 +51,8 @@ fn dependencies_follow_the_arrows() {
 
 #[test]
 fn libtorch_stays_in_the_policy_and_its_collectives() {
-    for folder in ["proto", "common", "coordinator", "worker", "worker/agent", "worker/sandbox"] {
+    for folder in ["proto", "common", "common/hub", "coordinator", "worker", "worker/agent", "worker/sandbox"]
+    {
         let named = dependencies(folder);
         assert!(
             !named.iter().any(|d| d == "tch" || d == "torch-sys"),

@@ -157,6 +157,15 @@ async fn a_row_without_an_answer_is_named_by_file_row_and_field() {
 }
 
 #[tokio::test]
+async fn what_cannot_fit_this_machine_is_refused_with_the_numbers() {
+    let told = refused(&["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=1000000000"]).await;
+    assert_says(
+        &told,
+        &["not enough memory", "which 2 ranks share", "1000000000 tokens", "What fits: leave"],
+    );
+}
+
+#[tokio::test]
 async fn more_gpus_than_there_are_are_refused_with_the_numbers() {
     let playground = Playground::new().unwrap();
     let ran = playground

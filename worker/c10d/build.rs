@@ -52,6 +52,7 @@ fn build() -> Result<(), String> {
             witness.display()
         ));
     }
+    println!("cargo::rustc-env=LIBTORCH_VERSION={}", version(&include));
     let nccl = env::var_os("CARGO_FEATURE_NCCL").is_some();
     let mut shim = cc::Build::new();
     shim.cpp(true)
@@ -103,4 +104,15 @@ fn cuda_includes(root: &Path) -> Result<Vec<PathBuf>, String> {
         )),
         None => Ok(folders),
     }
+}
+
+/// `2.11.0`, from libtorch's own header.
+fn version(include: &Path) -> String {
+    let header = std::fs::read_to_string(include.join("torch/headeronly/version.h")).unwrap_or_default();
+    let number = |part: &str| {
+        let line =
+            header.lines().find_map(|line| line.strip_prefix(&format!("#define TORCH_VERSION_{part} ")));
+        line.map_or("?", str::trim).to_owned()
+    };
+    ["MAJOR", "MINOR", "PATCH"].map(number).join(".")
 }

@@ -9,7 +9,7 @@ use agentfly_policy::environment::with_environment_for_libtorch;
 use agentfly_proto::v1::RankId;
 use clap::{Args, Parser, Subcommand};
 
-use crate::commands::{generate, score, warmup};
+use crate::commands::{doctor, generate, score, warmup};
 use crate::connection::{join_token, own_address_towards};
 use crate::node::{DeviceRequest, NodeOptions};
 use crate::process::die_with_parent;
@@ -74,6 +74,8 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Train a model on demonstrations (supervised), as a start for reinforcement learning
     Warmup(warmup::WarmupArgs),
+    /// Show what this machine has, and whether a job fits its memory
+    Doctor(doctor::DoctorArgs),
     /// One device's process; started by the node
     #[command(hide = true)]
     Rank(RankArgs),
@@ -94,6 +96,8 @@ struct RankArgs {
     #[arg(long)]
     threads: u32,
     #[arg(long)]
+    ranks_on_node: u32,
+    #[arg(long)]
     address: String,
     #[arg(long)]
     parent_pid: u32,
@@ -104,11 +108,12 @@ pub fn main() -> ExitCode {
     agentfly_common::shutdown::end_quietly_on_closed_pipe();
     let cli = Cli::parse();
     let computes = matches!(cli.command, Some(Command::Score(_) | Command::Generate(_) | Command::Warmup(_)));
+    let by_hand = computes || matches!(cli.command, Some(Command::Doctor(_)));
     let ready = || {
         if computes {
             with_environment_for_libtorch()?;
         }
-        init(LogTo::Stderr, if computes { "warn" } else { "info" })?;
+        init(LogTo::Stderr, if by_hand { "warn" } else { "info" })?;
         anyhow::Ok(())
     };
     ExitCode::from(conclude(ready().and_then(|()| dispatch(cli))))
@@ -126,6 +131,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Some(Command::Score(args)) => score::run(&args),
         Some(Command::Generate(args)) => generate::run(&args),
         Some(Command::Warmup(args)) => warmup::run(&args),
+        Some(Command::Doctor(args)) => doctor::run(&args),
         Some(Command::Rank(args)) => {
             die_with_parent(args.parent_pid)?;
             let id = RankId { job_id: args.job, rank: args.rank, incarnation: args.incarnation };
@@ -135,6 +141,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
                 id,
                 device: args.device,
                 threads: args.threads,
+                ranks_on_node: args.ranks_on_node,
                 address: Address(args.address),
             };
             let ended = block_on(crate::rank::run(options));

@@ -13,6 +13,7 @@
 pub mod cli;
 pub mod commands;
 pub mod connection;
+pub mod gpu;
 pub mod node;
 pub mod process;
 pub mod rank;

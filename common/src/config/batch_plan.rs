@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::config::error::ConfigError;
-use crate::config::schema::Config;
+use crate::config::schema::{Actor, Config};
 
 /// verl's default `ppo_mini_batch_size`: the size up to which an unset one takes whole steps.
 const DEFAULT_MINI_BATCH: u64 = 256;
@@ -22,6 +22,18 @@ pub enum MicroBatch {
     Chains(u32),
     /// As many chains as have so many tokens together (one longer chain is a micro-batch alone).
     Tokens(u32),
+    /// By tokens, as many as each rank's memory has room for ([`crate::planner`]).
+    Planned,
+}
+
+/// How a rank cuts its part, as the settings say.
+#[must_use]
+pub fn micro_batch(actor: &Actor) -> MicroBatch {
+    match (actor.ppo_micro_batch_size_per_gpu, actor.ppo_max_token_len_per_gpu) {
+        (Some(chains), _) if !actor.use_dynamic_bsz => MicroBatch::Chains(chains),
+        (_, Some(tokens)) => MicroBatch::Tokens(tokens),
+        (_, None) => MicroBatch::Planned,
+    }
 }
 
 /// The numbers of a job.
@@ -76,10 +88,6 @@ pub fn batch_plan(config: &Config, questions: Option<u64>) -> Result<BatchPlan, 
              trainer.n_gpus_per_node",
         ));
     }
-    let micro_batch = match actor.ppo_micro_batch_size_per_gpu {
-        Some(chains) if !actor.use_dynamic_bsz => MicroBatch::Chains(chains),
-        _ => MicroBatch::Tokens(actor.ppo_max_token_len_per_gpu),
-    };
     let questions = questions.map(|all| config.data.train_limit().map_or(all, |limit| all.min(limit as u64)));
     let steps_per_epoch = questions.map(|count| count / prompts_per_step);
     if let (Some(0), Some(count)) = (steps_per_epoch, questions) {
@@ -104,7 +112,7 @@ pub fn batch_plan(config: &Config, questions: Option<u64>) -> Result<BatchPlan, 
         ppo_epochs,
         updates_per_step: mini_batches * ppo_epochs,
         ranks,
-        micro_batch,
+        micro_batch: micro_batch(actor),
         questions,
         steps_per_epoch,
         epochs,
@@ -180,6 +188,7 @@ impl BatchPlan {
                     format!("in micro-batches of {} on a rank", count(chains.into(), "chain", "chains"))
                 }
                 MicroBatch::Tokens(tokens) => format!("in micro-batches of up to {tokens} tokens on a rank"),
+                MicroBatch::Planned => "in micro-batches that each rank's memory has room for".to_owned(),
             },
         ];
         if let (Some(questions), Some(steps)) = (self.questions, self.steps_per_epoch) {

@@ -36,7 +36,7 @@ use serde::{Deserialize, Serialize};
 
 pub use accepted::Notice;
 pub use aliases::ALIASES;
-pub use batch_plan::{BatchPlan, MicroBatch, batch_plan};
+pub use batch_plan::{BatchPlan, MicroBatch, batch_plan, micro_batch};
 pub use choices::{
     AdvEstimator, AgentBackend, AgentType, Dtype, KlLossType, Logger, LossAggMode, LrSchedule,
     PolicyLossMode, ResumeMode,

@@ -15,11 +15,11 @@ const MODEL_FILES: [&str; 2] = ["config.json", "tokenizer.json"];
 const WEIGHT_FILES: [&str; 2] = ["model.safetensors", "model.safetensors.index.json"];
 
 /// Checks that the data files, the model and the checkpoint to resume are there, and that the run folder can
-/// be made.
+/// be made. A model that is `on_the_hub` is not looked for.
 ///
 /// # Errors
 /// Every path that is missing or of the wrong kind, with its key and what to do.
-pub fn preflight(config: &Config) -> Result<(), ConfigErrors> {
+pub fn preflight(config: &Config, on_the_hub: bool) -> Result<(), ConfigErrors> {
     let mut errors = Vec::new();
     for (key, files) in
         [("data.train_files", &config.data.train_files), ("data.val_files", &config.data.val_files)]
@@ -28,7 +28,7 @@ pub fn preflight(config: &Config) -> Result<(), ConfigErrors> {
         errors.extend(wrong.map(|(path, problem)| ConfigError::Path { key, path: path.clone(), problem }));
     }
     let model = &config.actor_rollout_ref.model.path;
-    if let Some(problem) = model_problem(model) {
+    if let Some(problem) = model_problem(model).filter(|_| !on_the_hub) {
         errors.push(ConfigError::Path { key: "actor_rollout_ref.model.path", path: model.clone(), problem });
     }
     if let Some(checkpoint) = config.trainer.resume_from_path.as_ref().filter(|path| !path.is_dir()) {
@@ -63,7 +63,7 @@ fn file_problem(path: &Path) -> Option<String> {
 fn model_problem(model: &Path) -> Option<String> {
     if !model.is_dir() {
         return Some(
-            "there is no such folder; give a Hugging Face model directory (models are not downloaded)"
+            "there is no such folder; give a Hugging Face model directory, or a model's name on the hub (org/name)"
                 .to_owned(),
         );
     }

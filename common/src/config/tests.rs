@@ -299,13 +299,13 @@ fn preflight_names_every_missing_path() {
     config.data.val_files = vec![];
     config.actor_rollout_ref.model.path = at("model");
     config.trainer.run_dir = Some(at("train.json/run"));
-    let told = preflight(&config).unwrap_err().to_string();
+    let told = preflight(&config, false).unwrap_err().to_string();
     assert!(told.contains("data.train_files=") && told.contains("actor_rollout_ref.model.path="), "{told}");
 
     std::fs::write(at("train.json"), "[]").unwrap();
     std::fs::create_dir(at("model")).unwrap();
     std::fs::write(at("model/config.json"), "{}").unwrap();
-    let told = preflight(&config).unwrap_err().to_string();
+    let told = preflight(&config, false).unwrap_err().to_string();
     assert!(told.contains("holds no tokenizer.json"), "{told}");
     assert!(told.contains("train.json is a file"), "{told}");
 
@@ -313,11 +313,11 @@ fn preflight_names_every_missing_path() {
         std::fs::write(at("model").join(file), "{}").unwrap();
     }
     config.trainer.run_dir = Some(at("runs/new"));
-    assert_eq!(preflight(&config), Ok(()));
+    assert_eq!(preflight(&config, false), Ok(()));
 
     // Not even root makes folders there.
     config.trainer.run_dir = Some("/proc/self/runs".into());
-    let told = preflight(&config).unwrap_err().to_string();
+    let told = preflight(&config, false).unwrap_err().to_string();
     assert!(told.contains("trainer.run_dir=") && told.contains("/proc/self cannot be written"), "{told}");
 }
 

@@ -49,11 +49,12 @@ pub enum ModelDirError {
     },
     /// A tensor that the configuration calls for is in no file.
     #[error(
-        "{}: tensor `{name}` {shape:?} is missing ({found} tensors found); the weights and config.json do not belong together",
-        path.display()
+        "{}: tensor `{name}` {shape:?} is missing ({found} tensors found{}); the weights and config.json do not belong together",
+        path.display(),
+        nearest.as_ref().map(|(other, shape)| format!(", `{other}` {shape:?} among them")).unwrap_or_default()
     )]
     MissingTensor {
-        /// The file or directory searched.
+        /// The file that should hold it: the weights, or the index of several.
         path: PathBuf,
         /// Its name.
         name: String,
@@ -61,6 +62,8 @@ pub enum ModelDirError {
         shape: Vec<i64>,
         /// How many tensors were there.
         found: usize,
+        /// One of them whose name ends alike, and its shape.
+        nearest: Option<(String, Vec<i64>)>,
     },
     /// A file holds a tensor that the configuration has no place for.
     #[error(
@@ -78,7 +81,11 @@ pub enum ModelDirError {
         architecture: String,
     },
     /// A tensor has another shape than the configuration gives it.
-    #[error("{}: tensor `{name}` has shape {found:?}, config.json asks for {expected:?}", path.display())]
+    #[error(
+        "{}: tensor `{name}` has shape {found:?}, config.json asks for {expected:?}{}",
+        path.display(),
+        rows_are_tokens(name, found, expected)
+    )]
     ShapeMismatch {
         /// The file.
         path: PathBuf,
@@ -91,7 +98,7 @@ pub enum ModelDirError {
     },
     /// The tokenizer makes ids that the embedding has no rows for.
     #[error(
-        "{}: token {token:?} has id {id}, but config.json's vocab_size is {vocab}: ids must be below it; the tokenizer and the model do not belong together",
+        "{}: token {token:?} has id {id}, but `{EMBEDDING}` has {vocab} rows (vocab_size in config.json): ids must be below that; the tokenizer and the model do not belong together",
         path.display()
     )]
     TokenOutsideVocabulary {
@@ -104,6 +111,21 @@ pub enum ModelDirError {
         /// Rows of the embedding.
         vocab: i64,
     },
+}
+
+/// The embedding: a row a token.
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The head, where it is not the embedding.
+pub(super) const HEAD: &str = "lm_head.weight";
+
+/// What a wrong height of the embedding or the head means.
+fn rows_are_tokens(name: &str, found: &[i64], expected: &[i64]) -> String {
+    match (found, expected) {
+        ([rows, width], [vocab, same]) if [EMBEDDING, HEAD].contains(&name) && width == same => format!(
+            ": its rows are the vocabulary, {rows} here and {vocab} in vocab_size; take both from the same model"
+        ),
+        _ => String::new(),
+    }
 }
 
 impl ModelDirError {

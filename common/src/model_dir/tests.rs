@@ -117,7 +117,29 @@ fn weights_and_configuration_that_do_not_belong_together_are_named_by_tensor_and
         refusal(&directory(&tensors))
     };
     let said = after(|t| drop(t.remove(GATE)));
-    assert_says(&said, &["`model.layers.0.mlp.gate_proj.weight` [6, 4] is missing (11 tensors found)"]);
+    assert_says(
+        &said,
+        &[
+            "model.safetensors: tensor `model.layers.0.mlp.gate_proj.weight` [6, 4] is missing (11 tensors found)",
+        ],
+    );
+    let said = after(|t| {
+        let gate = t.remove(GATE).unwrap();
+        t.insert(GATE.trim_start_matches("model.").into(), gate);
+    });
+    assert_says(&said, &["is missing", "`layers.0.mlp.gate_proj.weight` [6, 4] among them"]);
+    // The embedding of another vocabulary: 7 rows where config.json says 8.
+    let said = after(|t| {
+        t.get_mut("model.embed_tokens.weight").unwrap().1 = vec![7, 4];
+        t.get_mut("model.embed_tokens.weight").unwrap().2.truncate(56);
+    });
+    assert_says(
+        &said,
+        &[
+            "model.safetensors: tensor `model.embed_tokens.weight` has shape [7, 4], config.json asks for [8, 4]",
+            "its rows are the vocabulary, 7 here and 8 in vocab_size",
+        ],
+    );
     let said = after(|t| drop(t.insert("model.extra".into(), (Dtype::F32, vec![2], vec![0; 8]))));
     assert_says(&said, &["model.safetensors: tensor `model.extra` [2] has no place", "LlamaForCausalLM"]);
     let said = after(|t| t.get_mut(GATE).unwrap().1 = vec![4, 6]);
@@ -246,6 +268,8 @@ fn a_model_in_several_files_is_one_model_or_is_refused() {
     );
     std::fs::remove_file(part(1)).unwrap();
     assert_says(&refusal(&dir), &["cannot open", "part-1.safetensors"]);
+    write_weights(&part(1), &Tensors::new());
+    assert_says(&refusal(&dir), &["model.safetensors.index.json: tensor `", "is missing"]);
     std::fs::write(part(1), second).unwrap();
 
     write_weights(&weights(&dir), &tensors());
@@ -311,7 +335,7 @@ fn a_tokenizer_with_ids_the_embedding_has_no_rows_for_is_refused() {
     assert_eq!(check(&added(7)), Ok(()));
     assert_says(
         &check(&added(8)).unwrap_err(),
-        &["tokenizer.json: token \"<end>\" has id 8", "vocab_size is 8"],
+        &["tokenizer.json: token \"<end>\" has id 8", "`model.embed_tokens.weight` has 8 rows", "vocab_size"],
     );
     let said = check(r#"{"model":{"vocab":{"a":0,"b":9}}}"#).unwrap_err();
     assert_says(&said, &["token \"b\" has id 9"]);

@@ -15,6 +15,9 @@ use super::error::ModelDirError;
 use super::header::{self, LENGTH_BYTES};
 use super::json::{open, read_object};
 
+/// Says which of several files holds which tensor.
+const INDEX: &str = "model.safetensors.index.json";
+
 /// A kind of number that weights are stored in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StoredDtype {
@@ -85,14 +88,20 @@ pub(super) fn locate(
     config: &ModelConfig,
 ) -> Result<(Vec<StoredTensor>, Option<StoredTensor>), ModelDirError> {
     let mut all = BTreeMap::new();
-    for path in weight_files(dir)? {
-        read_header(&path, &mut all)?;
+    let files = weight_files(dir)?;
+    for path in &files {
+        read_header(path, &mut all)?;
     }
+    let searched = match files.first() {
+        Some(only) if files.len() == 1 => only.clone(),
+        _ => dir.join(INDEX),
+    };
     let found = all.len();
     let mut tensors = Vec::new();
     for (name, shape) in config.tensors() {
         let Some(entry) = all.remove(&name) else {
-            return Err(ModelDirError::MissingTensor { path: dir.to_owned(), name, shape, found });
+            let nearest = nearest(&name, &all);
+            return Err(ModelDirError::MissingTensor { path: searched, name, shape, found, nearest });
         };
         tensors.push(entry.stored(name, shape)?);
     }
@@ -115,9 +124,17 @@ pub(super) fn locate(
     }
 }
 
+/// A tensor whose name is the end of the one that is missing, or the other way round: prefixes differ between
+/// exporters.
+fn nearest(missing: &str, all: &BTreeMap<String, Found>) -> Option<(String, Vec<i64>)> {
+    let alike = |name: &&String| missing.ends_with(name.as_str()) || name.ends_with(missing);
+    let name = all.keys().find(alike)?;
+    Some((name.clone(), all[name].shape()))
+}
+
 /// The files that hold the weights: those of the index if there is one, else the single file.
 fn weight_files(dir: &Path) -> Result<BTreeSet<PathBuf>, ModelDirError> {
-    let (index, single) = (dir.join("model.safetensors.index.json"), dir.join("model.safetensors"));
+    let (index, single) = (dir.join(INDEX), dir.join("model.safetensors"));
     if !index.exists() {
         return Ok(BTreeSet::from([single]));
     }

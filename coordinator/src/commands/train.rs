@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use agentfly_common::config::{Config, Notice};
+use agentfly_common::model_dir::ModelConfig;
 use agentfly_proto::v1 as pb;
 use pb::job_event::Kind;
 
@@ -18,6 +19,7 @@ use crate::cli::TrainArgs;
 use crate::client::Client;
 use crate::failure::{Failure, Outcome};
 use crate::head::{Devices, Head, HeadOptions, WorkerOptions};
+use crate::memory_check::{check_nodes, plan_here};
 use crate::runtime_dir::RuntimeDir;
 use crate::store::summary::Summary;
 use crate::submission::{check, with_absolute_paths};
@@ -26,21 +28,23 @@ pub(super) async fn run(args: TrainArgs) -> Outcome<ExitCode> {
     let resolved = settings(&args.settings)?;
     let here = std::env::current_dir().map_err(Failure::operator)?;
     let config = with_absolute_paths(resolved.config, &here);
-    let checking = config.clone();
-    let checked = tokio::task::spawn_blocking(move || check(&checking)).await.map_err(Failure::us)??;
-    introduce(&config, &resolved.notices, &checked.plan.in_words());
-    drop(checked);
+    let checked = tokio::task::spawn_blocking(move || check(config)).await.map_err(Failure::us)??;
+    introduce(&checked.config, &resolved.notices, &checked.plan.in_words());
+    let (config, model) = (checked.config, checked.model);
 
     let signals = Signals::listen();
     let head = match find(&args).await? {
-        Some(client) => return submit(client, &config, &here, args.detach, &signals).await,
+        Some(mut client) => {
+            check_nodes(&config, &model, &client.nodes().await?)?;
+            return submit(client, &config, &here, args.detach, &signals).await;
+        }
         None if args.detach => {
             return Err(Failure::operator(anyhow::anyhow!(
                 "--detach needs a head that goes on; start one with `coordinator --head --detach`"
             )));
         }
         None => tokio::select! {
-            head = start_head(&config) => head?,
+            head = start_head(&config, &model) => head?,
             // What was started so far ends with the half-made head.
             signal = signals.nth(1) => return signal.map(|_| ExitCode::from(CANCELLED)),
         },
@@ -106,7 +110,11 @@ fn introduce(config: &Config, notices: &[Notice], plan: &[String]) {
 }
 
 /// A head with a worker for this job alone, on free ports.
-async fn start_head(config: &Config) -> Outcome<Head> {
+async fn start_head(config: &Config, model: &ModelConfig) -> Outcome<Head> {
+    if let Some(plan) = plan_here(config, model, config.world_size()) {
+        let plan = plan.map_err(Failure::operator)?;
+        plan.in_words().iter().for_each(|words| println!("  {words}"));
+    }
     let ranks = config.world_size();
     let worker = WorkerOptions::beside_this_program(None, Devices::Ranks(ranks))?;
     println!("no head is running: starting one for this job, with a worker for {ranks} ranks");

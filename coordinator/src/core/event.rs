@@ -153,7 +153,7 @@ pub struct CoreFault {
 #[derive(Debug, Clone)]
 pub enum Decision {
     /// Start a rank's process on a node.
-    StartRank { node: NodeId, rank: RankId, device: Device, threads: u32 },
+    StartRank { node: NodeId, rank: RankId, device: Device, threads: u32, ranks_on_node: u32 },
     /// End all ranks of a job on a node; after `grace` by force.
     StopRanks { node: NodeId, job: JobId, grace: Duration },
     /// Give a rank something to do.

@@ -29,6 +29,8 @@ pub(crate) struct Placement {
     pub(crate) device: Device,
     /// CPU threads for the rank.
     pub(crate) threads: u32,
+    /// Ranks on its node, those of other jobs and itself included.
+    pub(crate) ranks_on_node: u32,
 }
 
 /// Whether a job gets its seats.
@@ -140,7 +142,12 @@ impl Fleet {
             let sharing = u32::try_from(node.seats.len() + count).unwrap_or(u32::MAX).max(1);
             let threads = (node.facts.cpus / sharing).max(1);
             let seats = devices.drain(..*count);
-            placements.extend(seats.map(|device| Placement { node: (*id).clone(), device, threads }));
+            placements.extend(seats.map(|device| Placement {
+                node: (*id).clone(),
+                device,
+                threads,
+                ranks_on_node: sharing,
+            }));
         }
         Seating::Now(placements)
     }

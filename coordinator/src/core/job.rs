@@ -190,8 +190,14 @@ impl Job {
     pub(crate) fn start(&mut self, placements: Vec<Placement>, desk: &mut Desk<'_>) {
         for (rank, placement) in (0..).zip(placements) {
             let id = RankId { job: self.id.clone(), rank, incarnation: 1 };
-            let Placement { node, device, threads } = placement;
-            desk.out.push(Decision::StartRank { node: node.clone(), rank: id.clone(), device, threads });
+            let Placement { node, device, threads, ranks_on_node } = placement;
+            desk.out.push(Decision::StartRank {
+                node: node.clone(),
+                rank: id.clone(),
+                device,
+                threads,
+                ranks_on_node,
+            });
             let (standing, heard) = (Standing::Started, desk.now);
             self.ranks.push(Rank { id, node, device, standing, activity: None, heard });
         }

@@ -18,8 +18,8 @@ impl Scheduler {
     /// Carries out one decision; returns the facts that arise from it at once.
     pub(super) async fn carry_out(&mut self, decision: Decision) -> Result<Option<Event>, JournalError> {
         match decision {
-            Decision::StartRank { node, rank, device, threads } => {
-                self.start_rank(&node, &rank, device, threads)
+            Decision::StartRank { node, rank, device, threads, ranks_on_node } => {
+                self.start_rank(&node, &rank, device, (threads, ranks_on_node))
             }
             Decision::StopRanks { node, job, grace } => {
                 let stop = pb::StopRanks { job_id: job, grace_seconds: grace.as_secs_f64() };
@@ -51,10 +51,16 @@ impl Scheduler {
         Ok(None)
     }
 
-    fn start_rank(&mut self, node: &str, rank: &RankId, device: Device, threads: u32) {
+    fn start_rank(
+        &mut self,
+        node: &str,
+        rank: &RankId,
+        device: Device,
+        (threads, ranks_on_node): (u32, u32),
+    ) {
         let log_file = self.jobs.get(&rank.job).map(|job| job.rank_log(rank.rank)).unwrap_or_default();
         let (rank, device) = (Some(wire::rank_to(rank)), Some(wire::device_to(device)));
-        let start = pb::StartRank { rank, device, threads, log_file };
+        let start = pb::StartRank { rank, device, threads, log_file, ranks_on_node };
         self.command_node(node, pb::node_command::Kind::StartRank(start));
     }
 

@@ -7,7 +7,7 @@ use agentfly_coordinator::core::event::{Decision, JudgedTrajectory, RankCommand,
 /// A decision as one line.
 pub(crate) fn line(decision: &Decision) -> String {
     match decision {
-        Decision::StartRank { node, rank, device, threads } => {
+        Decision::StartRank { node, rank, device, threads, .. } => {
             format!("start {} on {node} {device:?} threads={threads}", name(rank))
         }
         Decision::StopRanks { node, job, grace } => format!("stop ranks of {job} on {node} within {grace:?}"),

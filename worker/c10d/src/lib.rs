@@ -27,5 +27,8 @@ pub use optim::{AdamWHyper, AdamWState, fused_adamw};
 pub use precision::{Float32MatmulPrecision, set_float32_matmul_precision};
 pub use store::Store;
 
+/// The libtorch that this was compiled against, `MAJOR.MINOR.PATCH`.
+pub const LIBTORCH_VERSION: &str = env!("LIBTORCH_VERSION");
+
 /// The result of every call of this crate.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -6,6 +6,9 @@ use std::path::Path;
 use std::str::FromStr;
 
 use agentfly_c10d::{Float32MatmulPrecision, set_float32_matmul_precision};
+use agentfly_common::config::Dtype as Asked;
+use agentfly_common::machine::{cpu_computes_bf16, cpu_has_bf16_matrix_unit};
+use agentfly_common::planner::Precision;
 use tch::{Device, Kind, Tensor};
 
 use crate::model::{Decoder, ModelConfig, ModelError, export};
@@ -59,28 +62,25 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    /// What a model's weights are kept in on a place.
+    #[must_use]
+    pub fn precision(self, config: &ModelConfig, place: Place) -> Precision {
+        let asked = match self {
+            Self::Auto => Asked::Auto,
+            Self::F32 => Asked::Float32,
+            Self::Bf16 => Asked::Bfloat16,
+        };
+        let computes_bf16 = matches!(place, Place::Cuda(_)) || cpu_computes_bf16();
+        Precision::choose(asked, config.torch_dtype.as_deref(), computes_bf16)
+    }
+
     /// The tensor kind for a model on a place.
     pub(crate) fn kind(self, config: &ModelConfig, place: Place) -> Kind {
-        match self {
-            Self::F32 => Kind::Float,
-            Self::Bf16 => Kind::BFloat16,
-            Self::Auto if config.torch_dtype.as_deref() == Some("float32") => Kind::Float,
-            Self::Auto if matches!(place, Place::Cuda(_)) || cpu_computes_bf16() => Kind::BFloat16,
-            Self::Auto => Kind::Float,
+        match self.precision(config, place) {
+            Precision::F32 => Kind::Float,
+            Precision::Bf16 => Kind::BFloat16,
         }
     }
-}
-
-/// Whether this CPU multiplies bf16 in hardware; where it does not, bf16 is slower than f32.
-#[cfg(target_arch = "x86_64")]
-fn cpu_computes_bf16() -> bool {
-    std::arch::is_x86_feature_detected!("avx512bf16")
-}
-
-/// Whether this CPU multiplies bf16 in hardware; where it does not, bf16 is slower than f32.
-#[cfg(not(target_arch = "x86_64"))]
-fn cpu_computes_bf16() -> bool {
-    false
 }
 
 /// Whether this program was built with a CUDA libtorch.
@@ -102,11 +102,6 @@ pub fn set_up(threads: u32, place: Place) -> agentfly_c10d::Result<()> {
         }
         _ => set_float32_matmul_precision(Float32MatmulPrecision::Highest),
     }
-}
-
-/// Intel's AMX: with it "medium" precision means bf16 products.
-fn cpu_has_bf16_matrix_unit() -> bool {
-    std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|info| info.contains("amx_bf16"))
 }
 
 /// Reads a Hugging Face directory onto a place.

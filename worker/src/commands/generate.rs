@@ -1,6 +1,6 @@
 //! `worker generate`: one prompt, one answer, from the same engine that makes rollouts.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use agentfly_agent::agents::{Agent, agent};
@@ -8,6 +8,7 @@ use agentfly_agent::template::ChatTemplate;
 use agentfly_agent::tokenizer::ChatTokenizer;
 use agentfly_common::ids::PolicyVersion;
 use agentfly_common::sampling::{Generation, SamplingParams, StopReason};
+use agentfly_hub::{Want, local_model};
 use agentfly_policy::engine::{Engine, EngineConfig, TurnRequest};
 use agentfly_policy::model::ModelConfig;
 use agentfly_policy::placement::{Place, open, set_up};
@@ -19,8 +20,8 @@ use super::DtypeArg;
 /// Arguments of `worker generate`.
 #[derive(Debug, clap::Args)]
 pub struct GenerateArgs {
-    /// Hugging Face model directory
-    #[arg(long, value_name = "DIR")]
+    /// Hugging Face model directory, or a hub name: org/name[@revision]
+    #[arg(long, value_name = "MODEL")]
     model: PathBuf,
     /// What to say
     #[arg(long)]
@@ -77,12 +78,13 @@ struct Answer {
 /// # Errors
 /// A model, template or sampling setting that cannot be used.
 pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
-    let tokenizer = Arc::new(ChatTokenizer::from_dir(&args.model)?);
+    let model = local_model(&args.model, Want::Everything)?;
+    let tokenizer = Arc::new(ChatTokenizer::from_dir(&model)?);
     let template = ChatTemplate::new(args.template.as_deref(), tokenizer.clone())?;
     let agent = args.agent.as_deref().map(agent).transpose()?;
     let system = args.system.as_deref().or(agent.as_deref().and_then(Agent::system_prompt));
     let prompt_ids = template.prompt_ids(system, &args.prompt, &[])?;
-    let generation = sample(args, &prompt_ids, tokenizer.stop_ids())?;
+    let generation = sample(args, &model, &prompt_ids, tokenizer.stop_ids())?;
     let text = tokenizer.decode(&generation.ids)?;
     if args.json {
         let Generation { ids, log_probs, stop, .. } = generation;
@@ -93,8 +95,13 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn sample(args: &GenerateArgs, prompt_ids: &[u32], stop_ids: Vec<u32>) -> anyhow::Result<Generation> {
-    let trained = ModelConfig::from_dir(&args.model)?.max_position_embeddings;
+fn sample(
+    args: &GenerateArgs,
+    model: &Path,
+    prompt_ids: &[u32],
+    stop_ids: Vec<u32>,
+) -> anyhow::Result<Generation> {
+    let trained = ModelConfig::from_dir(model)?.max_position_embeddings;
     let trained = usize::try_from(trained).unwrap_or(usize::MAX);
     ensure!(
         prompt_ids.len() < trained,
@@ -103,7 +110,7 @@ fn sample(args: &GenerateArgs, prompt_ids: &[u32], stop_ids: Vec<u32>) -> anyhow
         prompt_ids.len()
     );
     set_up(args.threads, args.device)?;
-    let decoder = open(&args.model, args.dtype.into(), args.device)?;
+    let decoder = open(model, args.dtype.into(), args.device)?;
     let window = trained.min(prompt_ids.len() + args.max_tokens as usize);
     let limits = EngineConfig {
         max_slots: 1,

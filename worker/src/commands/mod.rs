@@ -1,5 +1,6 @@
-//! What `worker` does by hand, without a coordinator: score, generate, warm-up.
+//! What `worker` does by hand, without a coordinator: score, generate, warm-up, doctor.
 
+pub mod doctor;
 pub mod generate;
 pub mod score;
 pub mod warmup;

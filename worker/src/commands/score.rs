@@ -3,6 +3,7 @@
 use std::io::{BufRead as _, Write as _};
 use std::path::PathBuf;
 
+use agentfly_hub::{Want, local_model};
 use agentfly_policy::model::{Scores, score_rows};
 use agentfly_policy::placement::{Place, open, set_up};
 use anyhow::Context as _;
@@ -13,8 +14,8 @@ use super::DtypeArg;
 /// Arguments of `worker score`.
 #[derive(Debug, clap::Args)]
 pub struct ScoreArgs {
-    /// Hugging Face model directory
-    #[arg(long, value_name = "DIR")]
+    /// Hugging Face model directory, or a hub name: org/name[@revision]
+    #[arg(long, value_name = "MODEL")]
     model: PathBuf,
     /// Numbers to compute in
     #[arg(long, value_enum, default_value = "f32")]
@@ -48,7 +49,7 @@ struct Scored {
 /// A model that cannot be read, or the first line that cannot be scored, by number.
 pub fn run(args: &ScoreArgs) -> anyhow::Result<()> {
     set_up(args.threads, args.device)?;
-    let decoder = open(&args.model, args.dtype.into(), args.device)?;
+    let decoder = open(&local_model(&args.model, Want::Everything)?, args.dtype.into(), args.device)?;
     let mut out = std::io::stdout().lock();
     for (index, line) in std::io::stdin().lock().lines().enumerate() {
         let (line, number) = (line?, index + 1);

@@ -11,6 +11,7 @@ use agentfly_agent::template::{ChatTemplate, Next, ToolReply};
 use agentfly_agent::tokenizer::ChatTokenizer;
 use agentfly_common::seed::JobSeed;
 use agentfly_common::trajectory::{Message, Role};
+use agentfly_hub::{Want, local_model};
 use agentfly_policy::learner::{
     Learner, LearnerConfig, LrSchedule, MicroBatchLimit, Schedule, SupervisedRow,
 };
@@ -23,11 +24,11 @@ use serde::Deserialize;
 /// Arguments of `worker warmup`.
 #[derive(Debug, clap::Args)]
 pub struct WarmupArgs {
-    /// Directory with config.json and the tokenizer (weights, if any, are not read)
-    #[arg(long, value_name = "DIR", required_unless_present = "from")]
+    /// Directory (or hub name) with config.json and the tokenizer; weights, if any, are not read
+    #[arg(long, value_name = "MODEL", required_unless_present = "from")]
     shape: Option<PathBuf>,
-    /// Start from this model instead of random weights
-    #[arg(long, value_name = "DIR", conflicts_with = "shape")]
+    /// Start from this model (a directory, or a hub name: org/name[@revision]) instead of random weights
+    #[arg(long, value_name = "MODEL", conflicts_with = "shape")]
     from: Option<PathBuf>,
     /// Demonstrations: JSONL {"messages":[{"role","content"},…]}
     #[arg(long, value_name = "FILE")]
@@ -65,14 +66,16 @@ struct Demo {
 /// # Errors
 /// What is wrong with the demonstrations (by line), the shape or the disk; a loss that is no number.
 pub fn run(args: &WarmupArgs) -> anyhow::Result<()> {
-    let source = args.from.as_ref().or(args.shape.as_ref()).context("either --shape or --from is given")?;
+    let given = args.from.as_ref().or(args.shape.as_ref()).context("either --shape or --from is given")?;
+    let want = if args.from.is_some() { Want::Everything } else { Want::Configuration };
+    let source = &local_model(given, want)?;
     let tokenizer = Arc::new(ChatTokenizer::from_dir(source)?);
     let template = ChatTemplate::new(Some(&args.template), tokenizer)?;
     let rows = read_demos(args, &template)?;
     set_up(args.threads, Place::Cpu)?;
-    let mut decoder = match &args.from {
-        Some(dir) => open(dir, Dtype::F32, Place::Cpu)?,
-        None => random(source, args.seed)?,
+    let mut decoder = match want {
+        Want::Everything => open(source, Dtype::F32, Place::Cpu)?,
+        Want::Configuration => random(source, args.seed)?,
     };
     let config = LearnerConfig {
         betas: (0.9, 0.98), // as short a memory as a thousand updates want

@@ -1,5 +1,6 @@
 //! What a node has: cores, memory, devices. Asked for more than there is, it refuses with the numbers.
 
+use agentfly_common::machine::{cores, memory};
 use agentfly_common::secret::Secret;
 use agentfly_proto::v1::{Device, NodeHello};
 
@@ -37,16 +38,14 @@ pub enum DeviceRequest {
 /// # Errors
 /// When it has fewer GPUs than asked for, or nothing to offer at all.
 pub(super) fn hello(options: &NodeOptions) -> anyhow::Result<NodeHello> {
-    let cpus = options.cpus.unwrap_or_else(available_cpus);
-    let devices = devices(options.devices, gpus_present(), agentfly_policy::placement::cuda_built())?;
-    let mut system = sysinfo::System::new();
-    system.refresh_memory();
+    let cpus = options.cpus.unwrap_or_else(cores);
+    let devices = devices(options.devices, crate::gpu::present(), agentfly_policy::placement::cuda_built())?;
     Ok(NodeHello {
         node_id: format!("{}-{}", hostname(), std::process::id()),
         hostname: hostname(),
         pid: std::process::id(),
         cpus,
-        memory_bytes: system.total_memory(),
+        memory_bytes: memory().total_bytes,
         devices,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         address: options.address.clone(),
@@ -79,16 +78,6 @@ fn devices(request: DeviceRequest, present: u32, cuda_built: bool) -> anyhow::Re
     let mut all: Vec<Device> = (0..gpus).map(|i| device("cuda", i)).collect();
     all.extend((0..cpu_ranks).map(|i| device("cpu", i)));
     Ok(all)
-}
-
-/// NVIDIA's driver makes one device file per GPU.
-fn gpus_present() -> u32 {
-    let is_gpu = |index: &u32| std::path::Path::new(&format!("/dev/nvidia{index}")).exists();
-    u32::try_from((0..64).filter(is_gpu).count()).unwrap_or(0)
-}
-
-fn available_cpus() -> u32 {
-    std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
 }
 
 fn hostname() -> String {

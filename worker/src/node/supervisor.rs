@@ -72,6 +72,7 @@ impl Supervisor {
             .args(["--incarnation", &id.incarnation.to_string()])
             .args(["--device", &format!("{}:{}", device.kind, device.index)])
             .args(["--threads", &start.threads.max(1).to_string()])
+            .args(["--ranks-on-node", &start.ranks_on_node.max(1).to_string()])
             .args(["--address", &self.options.address])
             .args(["--parent-pid", &std::process::id().to_string()])
             .env("AGENTFLY_TOKEN", self.options.token.expose())

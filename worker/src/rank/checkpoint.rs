@@ -14,8 +14,7 @@ pub(super) async fn write(job: &Job, reporter: &Reporter, write: WriteCheckpoint
     reporter.activity.set(format!("writing the checkpoint of step {}", write.step));
     let (dir, source) = (std::path::PathBuf::from(&write.dir), job.model_dir.clone());
     let work = move |device: &mut agentfly_policy::device::Device<super::job::LearnerSeat>| {
-        let learner =
-            device.extra.0.as_ref().context("there is no learner to save").map_err(RankError::us)?;
+        let learner = device.extra.as_ref().context("there is no learner to save").map_err(RankError::us)?;
         save(&dir.join(MODEL_DIR), &device.decoder, &source).map_err(RankError::operator)?;
         learner.save(&dir).map_err(RankError::operator)
     };

@@ -9,6 +9,8 @@ use agentfly_c10d::Store;
 use agentfly_common::batch::TrainShard;
 use agentfly_common::config::Config;
 use agentfly_common::ids::{PolicyVersion, Purpose};
+use agentfly_common::machine::{memory, peak_bytes};
+use agentfly_common::planner::Plan;
 use agentfly_common::sampling::SamplingParams;
 use agentfly_common::seed::JobSeed;
 use agentfly_policy::device::DeviceHandle;
@@ -19,8 +21,11 @@ use anyhow::{Context as _, anyhow};
 use super::RankError;
 use super::train::learner_error;
 
-/// The device thread's own state: the learner, once the group stands, and the window of a chain in tokens.
-pub(super) type LearnerSeat = (Option<Learner>, u32);
+/// The device thread's own state: the learner, once the group stands.
+pub(super) type LearnerSeat = Option<Learner>;
+
+/// verl counts memory in GiB and calls them GB.
+const GB: f64 = (1_u64 << 30) as f64;
 
 /// A prepared job.
 pub struct Job {
@@ -28,8 +33,8 @@ pub struct Job {
     pub config: Config,
     /// Its seed.
     pub seed: JobSeed,
-    /// Most tokens of a chain.
-    pub window: u32,
+    /// What was planned for this rank's memory: micro-batch, KV cache, window.
+    pub plan: Plan,
     /// What its chains share.
     pub chain_deps: ChainDeps,
     /// This rank, 0-based.
@@ -91,16 +96,17 @@ impl Job {
         &self,
         shard: TrainShard,
     ) -> Result<(BTreeMap<String, f64>, PolicyVersion, String), RankError> {
+        let (planned, on_cpu) = (self.plan.rank.total_bytes, self.place == Place::Cpu);
         let work = move |device: &mut agentfly_policy::device::Device<LearnerSeat>| {
             let learner = device
                 .extra
-                .0
                 .as_mut()
                 .context("the collective group was never formed")
                 .map_err(RankError::us)?;
+            // Its memory is the activations' now; no chain runs, and what it held is of no use to the next weights.
+            device.engine.forget_weights();
             let stats = learner.train(&mut device.decoder, &shard).map_err(learner_error)?;
             let hash = learner.weights_hash(&device.decoder).map_err(learner_error)?;
-            device.engine.forget_weights();
             device.policy_version = device.policy_version.next();
             let mut metrics = stats.metrics;
             let phases = stats.phases;
@@ -109,8 +115,27 @@ impl Job {
             metrics.insert("timing_s/forward_backward".to_owned(), phases.forward_backward);
             metrics.insert("timing_s/all_reduce".to_owned(), phases.all_reduce);
             metrics.insert("timing_s/optimizer".to_owned(), phases.optimizer);
+            metrics.extend(memory_metrics(planned, on_cpu));
             Ok((metrics, device.policy_version, hash))
         };
         self.device.call("a training step", work).await.map_err(RankError::us)?
     }
+}
+
+/// The plan beside what was measured. On CPUs a rank's peak is its process's; how much of a GPU was taken is not known
+/// here.
+fn memory_metrics(planned: u64, on_cpu: bool) -> Vec<(String, f64)> {
+    let node = memory();
+    let mut metrics = vec![
+        ("perf/max_memory_planned_gb".to_owned(), planned as f64 / GB),
+        (
+            "perf/cpu_memory_used_gb".to_owned(),
+            node.total_bytes.saturating_sub(node.available_bytes) as f64 / GB,
+        ),
+    ];
+    if let Some(peak) = peak_bytes().filter(|_| on_cpu) {
+        tracing::debug!(planned, peak, "memory of this rank in bytes");
+        metrics.push(("perf/max_memory_allocated_gb".to_owned(), peak as f64 / GB));
+    }
+    metrics
 }

@@ -1,12 +1,12 @@
 //! verl's settings as the learner's: the one place where the two meet.
 
-use agentfly_common::config::Config;
-use agentfly_common::config::{KlLossType, LossAggMode, LrSchedule};
+use agentfly_common::config::{Config, KlLossType, LossAggMode, LrSchedule, MicroBatch};
+use agentfly_common::planner::Plan;
 use agentfly_policy::learner::{Aggregation, KlBase, KlEstimator, LearnerConfig, MicroBatchLimit, Schedule};
 
-/// What a job's configuration says about learning.
+/// What a job's configuration says about learning; micro-batches are the plan's.
 #[must_use]
-pub(super) fn learner_config(config: &Config, total_steps: u64) -> LearnerConfig {
+pub(super) fn learner_config(config: &Config, total_steps: u64, plan: &Plan) -> LearnerConfig {
     let actor = &config.actor_rollout_ref.actor;
     let optim = &actor.optim;
     LearnerConfig {
@@ -38,10 +38,13 @@ pub(super) fn learner_config(config: &Config, total_steps: u64) -> LearnerConfig
         kl_loss_coef: actor.kl_loss_coef,
         kl_loss_type: kl_estimator(actor.kl_loss_type),
         ppo_epochs: actor.ppo_epochs,
-        micro_batch: match actor.ppo_micro_batch_size_per_gpu {
-            Some(rows) if !actor.use_dynamic_bsz => MicroBatchLimit::Rows(rows as usize),
-            _ => MicroBatchLimit::Tokens(actor.ppo_max_token_len_per_gpu as usize),
+        micro_batch: match plan.micro_batch {
+            MicroBatch::Chains(rows) => MicroBatchLimit::Rows(rows as usize),
+            MicroBatch::Tokens(_) | MicroBatch::Planned => {
+                MicroBatchLimit::Tokens(plan.micro_batch_tokens as usize)
+            }
         },
+        recompute_above: plan.recompute_above_tokens.map_or(usize::MAX, |tokens| tokens as usize),
         temperature: config.actor_rollout_ref.rollout.temperature,
         ..LearnerConfig::default()
     }
@@ -63,6 +66,9 @@ fn kl_estimator(name: KlLossType) -> KlEstimator {
 
 #[cfg(test)]
 mod tests {
+    use agentfly_common::model_dir::ModelConfig;
+    use agentfly_common::planner::{DeviceKind, Machine, Precision, Workload, plan};
+
     use super::*;
 
     #[test]
@@ -72,7 +78,16 @@ mod tests {
         }
         let config = resolved(&["actor_rollout_ref.actor.kl_loss_type=k3+"]);
         let expected = KlEstimator { base: KlBase::K3, straight_through: true };
-        assert_eq!(learner_config(&config, 1).kl_loss_type, expected);
+        assert_eq!(learned(&config, 1).kl_loss_type, expected);
+    }
+
+    /// The learner's settings on a machine with room.
+    fn learned(config: &Config, total_steps: u64) -> LearnerConfig {
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/models/tiny");
+        let model = ModelConfig::from_dir(&dir).unwrap();
+        let machine = Machine { kind: DeviceKind::Cpu, memory_bytes: Some(16 << 30), ranks: 2 };
+        let plan = plan(&Workload::of(config, &model, Precision::F32), &machine).unwrap();
+        learner_config(config, total_steps, &plan)
     }
 
     fn resolved(overrides: &[&str]) -> Config {
@@ -94,7 +109,7 @@ mod tests {
             "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
             "actor_rollout_ref.rollout.temperature=0.8",
         ]);
-        let learner = learner_config(&config, 40);
+        let learner = learned(&config, 40);
         assert_eq!(learner.lr, 3e-4);
         assert!(learner.use_kl_loss);
         assert_eq!(learner.kl_loss_type, KlEstimator { base: KlBase::K2, straight_through: false });
@@ -106,8 +121,9 @@ mod tests {
     }
 
     #[test]
-    fn without_a_size_micro_batches_follow_a_token_budget() {
-        let learner = learner_config(&resolved(&[]), 1);
-        assert_eq!(learner.micro_batch, MicroBatchLimit::Tokens(4096));
+    fn without_a_size_micro_batches_are_what_memory_has_room_for() {
+        assert_eq!(learned(&resolved(&[]), 1).micro_batch, MicroBatchLimit::Tokens(4096));
+        let set = resolved(&["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=700"]);
+        assert_eq!(learned(&set, 1).micro_batch, MicroBatchLimit::Tokens(700));
     }
 }

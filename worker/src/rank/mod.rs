@@ -11,7 +11,8 @@ mod checkpoint;
 mod generator;
 mod job;
 mod learner_config;
-mod python;
+pub(crate) mod memory;
+pub(crate) mod python;
 mod rollout;
 mod setup;
 mod train;
@@ -60,6 +61,8 @@ pub struct RankOptions {
     pub device: DeviceName,
     /// CPU threads for tensor operations.
     pub threads: u32,
+    /// Ranks that share this node's memory, itself included.
+    pub ranks_on_node: u32,
     /// Where other ranks reach it.
     pub address: Address,
 }
@@ -315,6 +318,7 @@ mod tests {
             id: RankId::default(),
             device: DeviceName(Place::Cpu),
             threads: 1,
+            ranks_on_node: 1,
             address: Address("10.0.0.1".into()),
         };
         let printed = format!("{options:?}");

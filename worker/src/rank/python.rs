@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 const PRELOADED: [&str; 4] = ["numpy", "sympy", "math_verify", "latex2sympy2_extended"];
 
 /// Where the sandbox's interpreter is looked for: the environment, the working folder, beside the program.
-fn interpreter() -> anyhow::Result<PathBuf> {
+pub(crate) fn interpreter() -> anyhow::Result<PathBuf> {
     const RELATIVE: &str = "third_party/sandbox-venv/bin/python";
     if let Some(given) = std::env::var_os("AGENTFLY_SANDBOX_PYTHON") {
         return Ok(given.into());

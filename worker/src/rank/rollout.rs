@@ -110,7 +110,7 @@ fn chain_specs(
             policy_version,
             seed: job.seed,
             max_turns: job.config.agent.max_turns,
-            max_model_len: Some(job.window),
+            max_model_len: Some(job.plan.window),
             sampling: SamplingParams::clone(&sampling),
             time_limit,
             step_deadline,

@@ -15,20 +15,20 @@ use agentfly_agent::tokenizer::ChatTokenizer;
 use agentfly_agent::tools::{PythonRunner, ToolSet};
 use agentfly_c10d::{Group, Store};
 use agentfly_common::config::Config;
-use agentfly_common::config::Dtype as DtypeChoice;
 use agentfly_common::ids::PolicyVersion;
+use agentfly_common::planner::{PREFILL_TOKENS, Plan};
 use agentfly_common::seed::JobSeed;
 use agentfly_policy::device::{Device, DeviceHandle};
 use agentfly_policy::engine::{Engine, EngineConfig};
 use agentfly_policy::learner::Learner;
-use agentfly_policy::model::ModelConfig;
-use agentfly_policy::placement::{Dtype, Place, open, set_up};
+use agentfly_policy::placement::{Place, open, set_up};
 use agentfly_proto::v1::{FormGroup, Prepare, Ready, StoreOpened, rank_message::Kind as Say};
 use anyhow::{Context as _, anyhow};
 
 use super::generator::EngineGenerator;
 use super::job::{Job, LearnerSeat};
 use super::learner_config::learner_config;
+use super::memory::{dtype, plan_rank};
 use super::python::SandboxPython;
 use super::train::learner_error;
 use super::{RankError, RankOptions, Reporter};
@@ -37,11 +37,6 @@ use super::{RankError, RankOptions, Reporter};
 pub(super) const MODEL_DIR: &str = "huggingface";
 /// How long rank 0's rendezvous store may take to open or to be reached.
 const STORE_DEADLINE: Duration = Duration::from_secs(60);
-
-/// A rank's KV cache may take one part in this many of the node's memory.
-const KV_CACHE_SHARE: u64 = 8;
-/// Tokens of one prefill pass.
-const PREFILL_TOKENS: usize = 4096;
 
 /// A device by name: `cpu:0`, `cuda:3`.
 #[derive(Debug, Clone, Copy)]
@@ -73,16 +68,18 @@ pub(super) async fn prepare(
     // Also on resume the weights of the start are loaded first: they are the frozen reference.
     let model_dir = config.actor_rollout_ref.model.path.clone();
 
+    reporter.activity.set("planning memory");
+    let plan = plan_rank(options, &config, &model_dir).map_err(RankError::operator)?;
     reporter.activity.set(format!("loading {}", model_dir.display()));
-    let (device, window) =
-        start_device(options, &config, &model_dir, PolicyVersion(prepare.policy_version)).await?;
+    let version = PolicyVersion(prepare.policy_version);
+    let device = start_device(options, &config, &model_dir, &plan, version).await?;
 
     reporter.activity.set("starting the sandbox, the tools and the reward");
     let tokenizer = Arc::new(ChatTokenizer::from_dir(&model_dir).map_err(RankError::operator)?);
     let chain_deps = chain_deps(options, &config, &device, &tokenizer).await?;
     let job = Job {
         seed: JobSeed(prepare.seed),
-        window,
+        plan,
         chain_deps,
         rank: options.id.rank,
         world_size: prepare.world_size,
@@ -104,48 +101,32 @@ pub(super) async fn prepare(
     Ok(job)
 }
 
-/// The device thread with the model on it, and the most tokens a chain may have.
+/// The device thread with the model on it.
 async fn start_device(
     options: &RankOptions,
     config: &Config,
     model_dir: &Path,
+    plan: &Plan,
     policy_version: PolicyVersion,
-) -> Result<(DeviceHandle<LearnerSeat>, u32), RankError> {
+) -> Result<DeviceHandle<LearnerSeat>, RankError> {
     let (place, threads) = (options.device.0, options.threads);
-    let rollout = &config.actor_rollout_ref.rollout;
-    let dtype = match rollout.dtype {
-        DtypeChoice::Auto => Dtype::Auto,
-        DtypeChoice::Float32 => Dtype::F32,
-        DtypeChoice::Bfloat16 => Dtype::Bf16,
-    };
-    let (dir, rollout) = (model_dir.to_path_buf(), rollout.clone());
+    let (dir, dtype, limits) = (model_dir.to_path_buf(), dtype(config), engine_config(plan));
     let make = move || {
         set_up(threads, place)?;
         let decoder = open(&dir, dtype, place)?;
-        let window = decoder.config().window(&rollout)?;
-        let limits = engine_config(decoder.config(), rollout.max_num_seqs as usize, window as usize);
-        tracing::info!(slots = limits.max_slots, tokens = limits.cache_tokens, window, "KV cache planned");
         let engine = Engine::new(limits, decoder.config());
-        Ok(Device { decoder, engine, policy_version, extra: (None, window) })
+        Ok(Device { decoder, engine, policy_version, extra: None })
     };
-    let device = DeviceHandle::start(make).await.map_err(RankError::operator)?;
-    let window = device.call("reading the window", |device| device.extra.1).await.map_err(RankError::us)?;
-    Ok((device, window))
+    DeviceHandle::start(make).await.map_err(RankError::operator)
 }
 
-/// The slots asked for, and the cache that they could fill within the memory that it may take.
-fn engine_config(model: &ModelConfig, slots: usize, window: usize) -> EngineConfig {
-    let mut system = sysinfo::System::new();
-    system.refresh_memory();
-    let budget_bytes = system.total_memory() / KV_CACHE_SHARE;
-    let numbers = model.layers * 2 * model.kv_heads * model.head_dim;
-    let token_bytes = u64::try_from(numbers).unwrap_or(u64::MAX).saturating_mul(4).max(1);
-    let fitting = usize::try_from(budget_bytes / token_bytes).unwrap_or(usize::MAX);
+/// The engine's limits.
+fn engine_config(plan: &Plan) -> EngineConfig {
     EngineConfig {
-        max_slots: slots,
-        cache_tokens: fitting.min(slots.saturating_mul(window)),
-        max_tokens_per_chain: window,
-        max_prefill_tokens: PREFILL_TOKENS,
+        max_slots: plan.slots as usize,
+        cache_tokens: usize::try_from(plan.cache_tokens).unwrap_or(usize::MAX),
+        max_tokens_per_chain: plan.window as usize,
+        max_prefill_tokens: PREFILL_TOKENS as usize,
     }
 }
 
@@ -224,7 +205,7 @@ impl Seat {
 
 /// Makes the learner, in its group if there is one, and attests the weights.
 async fn take_seat(job: &Job, reporter: &Reporter, seat: Option<Seat>) -> Result<(), RankError> {
-    let config = learner_config(&job.config, job.total_steps);
+    let config = learner_config(&job.config, job.total_steps, &job.plan);
     let resume = job.resume_dir.clone();
     let work = move |device: &mut Device<LearnerSeat>| {
         let group = seat.map(|seat| seat.join()).transpose().map_err(RankError::outside)?;
@@ -241,7 +222,7 @@ async fn take_seat(job: &Job, reporter: &Reporter, seat: Option<Seat>) -> Result
             )));
         }
         let hash = learner.weights_hash(&device.decoder).map_err(learner_error)?;
-        device.extra.0 = Some(learner);
+        device.extra = Some(learner);
         Ok((device.policy_version, hash))
     };
     let (version, weights_hash) =

@@ -56,8 +56,8 @@ pub struct Actor {
     pub ppo_micro_batch_size_per_gpu: Option<u32>,
     /// Fill by tokens in any case.
     pub use_dynamic_bsz: bool,
-    /// Tokens a micro-batch filled by tokens may hold.
-    pub ppo_max_token_len_per_gpu: u32,
+    /// Tokens a micro-batch filled by tokens may hold; `None`: as many as memory has room for.
+    pub ppo_max_token_len_per_gpu: Option<u32>,
     /// Passes over a step's chains.
     pub ppo_epochs: u32,
     /// Largest global L2 norm of the gradient.
@@ -92,10 +92,10 @@ impl Actor {
     fn check(&self, checks: &mut Checks) {
         const MINI: &str = "actor_rollout_ref.actor.ppo_mini_batch_size";
         const MICRO: &str = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu";
+        const TOKENS: &str = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu";
         checks.that(MINI, self.ppo_mini_batch_size != Some(0), "expected at least 1, or null");
         checks.that(MICRO, self.ppo_micro_batch_size_per_gpu != Some(0), "expected at least 1, or null");
-        let tokens = self.ppo_max_token_len_per_gpu;
-        checks.at_least_one("actor_rollout_ref.actor.ppo_max_token_len_per_gpu", tokens);
+        checks.that(TOKENS, self.ppo_max_token_len_per_gpu != Some(0), "expected at least 1, or null");
         checks.at_least_one("actor_rollout_ref.actor.ppo_epochs", self.ppo_epochs);
         checks.above("actor_rollout_ref.actor.grad_clip", self.grad_clip, 0.0);
         checks.at_least("actor_rollout_ref.actor.clip_ratio", self.clip_ratio, 0.0);

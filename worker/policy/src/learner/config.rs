@@ -5,6 +5,7 @@ use super::aggregate::Aggregation;
 use super::error::LearnerError;
 use super::kl::{KlBase, KlEstimator};
 use super::loss::ClipRange;
+use super::microbatch::TokenBatch;
 use super::schedule::{LrSchedule, Schedule};
 
 /// How many rows go through the model at a time. The result does not depend on it, memory and speed do.
@@ -63,9 +64,9 @@ pub struct LearnerConfig {
     pub ppo_epochs: u32,
     /// Rows at a time.
     pub micro_batch: MicroBatchLimit,
-    /// Whether each block is computed a second time on the way back instead of keeping its activations
-    /// (`model.enable_gradient_checkpointing`): less memory, a third more work.
-    pub recompute: bool,
+    /// In micro-batches of more tokens than this each block is computed a second time on the way back instead of
+    /// keeping its activations (`model.enable_gradient_checkpointing`): less memory, a third more work.
+    pub recompute_above: usize,
     /// The temperature of the rollout, by which logits are divided.
     pub temperature: f64,
     /// Updates in a row that may be skipped for a gradient that is not finite.
@@ -97,7 +98,7 @@ impl Default for LearnerConfig {
             kl_loss_type: KlEstimator { base: KlBase::K3, straight_through: false },
             ppo_epochs: 1,
             micro_batch: MicroBatchLimit::Tokens(4096),
-            recompute: false,
+            recompute_above: usize::MAX,
             temperature: 1.0,
             max_grad_skips: 10,
         }
@@ -105,6 +106,11 @@ impl Default for LearnerConfig {
 }
 
 impl LearnerConfig {
+    /// Whether a micro-batch's blocks are computed a second time.
+    pub(super) fn recomputes(&self, batch: &TokenBatch) -> bool {
+        batch.ids.numel() > self.recompute_above
+    }
+
     /// Refuses what cannot be trained with.
     ///
     /// # Errors

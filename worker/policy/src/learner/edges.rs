@@ -259,7 +259,7 @@ fn the_gradient_is_that_of_the_loss_by_its_definition() {
         LearnerConfig { temperature: 1.0, kl_loss_coef: 0.5, entropy_coeff: -0.2, ..base.clone() },
         LearnerConfig { temperature: 2.0, kl_loss_coef: 0.5, entropy_coeff: 0.0, ..base.clone() },
         LearnerConfig { use_kl_loss: false, entropy_coeff: 0.0, ..base.clone() },
-        LearnerConfig { recompute: true, entropy_coeff: 0.1, ..base.clone() },
+        LearnerConfig { recompute_above: 0, entropy_coeff: 0.1, ..base.clone() },
         LearnerConfig { micro_batch: MicroBatchLimit::Rows(1), entropy_coeff: 0.1, ..base },
     ]
     .into_iter()

@@ -233,7 +233,8 @@ impl Learner {
         let config = &self.config;
         let with_entropy = config.entropy_coeff != 0.0;
         let embedding = self.optimizer.gradient_of(EMBEDDING)?;
-        forward::backward(decoder, batch, config.temperature, config.recompute, &embedding, |range, terms| {
+        let recompute = config.recomputes(batch);
+        forward::backward(decoder, batch, config.temperature, recompute, &embedding, |range, terms| {
             let weights = slice(&columns.weights, range)?;
             let advantages = slice(&columns.advantages, range)?;
             let old = match &columns.old {

@@ -81,7 +81,7 @@ impl Learner {
         for indices in plan(&spans, self.config.micro_batch) {
             let chosen: Vec<&Row<'_>> = indices.iter().map(|&i| &rows[i]).collect();
             let batch = TokenBatch::new(&chosen, decoder.device())?;
-            let recompute = self.config.recompute;
+            let recompute = self.config.recomputes(&batch);
             forward::backward(decoder, &batch, 1.0, recompute, &embedding, |_, terms| {
                 let loss = -terms.log_prob.sum(Kind::Float) / tokens;
                 let value = loss.f_double_value(&[])?;

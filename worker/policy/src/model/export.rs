@@ -95,6 +95,7 @@ fn check(dir: &Path, config: &ModelConfig, named: &[(String, Tensor)]) -> Result
                 name: name.clone(),
                 shape: shape.clone(),
                 found: named.len(),
+                nearest: None,
             }
             .into());
         };

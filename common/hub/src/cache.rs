@@ -1,0 +1,115 @@
+//! A model's place in the cache, in the layout that Python's `huggingface_hub` reads and writes.
+//!
+//! ```text
+//! models--org--name/
+//!   blobs/<checksum>                 verified bytes;  <checksum>.part while they arrive
+//!   snapshots/<commit>/<file>        links to blobs
+//!   refs/<revision>                  the commit it last meant
+//! ```
+
+use std::path::{Path, PathBuf};
+
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+
+use crate::error::HubError;
+use crate::hub::Want;
+use crate::listing::{INDEX, SINGLE, indexed_files};
+use crate::name::ModelName;
+use crate::verify::Checksum;
+
+/// One model in a cache.
+pub(crate) struct Cached {
+    repo: CacheRepo,
+    root: PathBuf,
+}
+
+impl Cached {
+    pub(crate) fn new(cache: &Path, name: &ModelName) -> Self {
+        let repo = repo_of(name);
+        let root = cache.join(repo.folder_name());
+        Self { repo: Cache::new(cache.to_owned()).repo(repo), root }
+    }
+
+    /// Where the files of a commit are linked.
+    pub(crate) fn snapshot(&self, commit: &str) -> PathBuf {
+        self.repo.pointer_path(commit)
+    }
+
+    pub(crate) fn blob(&self, checksum: &Checksum) -> PathBuf {
+        self.repo.blob_path(checksum.hex())
+    }
+
+    /// Where the bytes of a file arrive.
+    pub(crate) fn part(&self, checksum: &Checksum) -> PathBuf {
+        self.repo.blob_path(&format!("{}.part", checksum.hex()))
+    }
+
+    pub(crate) fn lock_file(&self) -> PathBuf {
+        self.root.join(".agentfly.lock")
+    }
+
+    /// Makes the folders that a commit's files go to.
+    pub(crate) fn make_folders(&self, commit: &str) -> Result<(), HubError> {
+        for folder in [self.root.join("blobs"), self.snapshot(commit)] {
+            std::fs::create_dir_all(&folder)
+                .map_err(|e| HubError::io("cannot make the folder", &folder, e))?;
+        }
+        Ok(())
+    }
+
+    /// Bytes that have arrived, of all files.
+    pub(crate) fn fetched_bytes(&self) -> u64 {
+        let entries = std::fs::read_dir(self.root.join("blobs")).into_iter().flatten().flatten();
+        entries.filter_map(|entry| Some(entry.metadata().ok()?.len())).sum()
+    }
+
+    /// The copy that the revision last meant, if all that is wanted of it is there.
+    pub(crate) fn whole_copy(&self, name: &ModelName, want: Want) -> Option<PathBuf> {
+        let folder = match name.commit() {
+            Some(commit) => self.snapshot(commit),
+            None => self.repo.get("config.json")?.parent()?.to_owned(),
+        };
+        is_whole(&folder, want).then_some(folder)
+    }
+
+    /// Gives a verified blob its name in a commit.
+    pub(crate) fn link(&self, commit: &str, file: &str, checksum: &Checksum) -> Result<(), HubError> {
+        let place = self.snapshot(commit).join(file);
+        if place.exists() {
+            return Ok(());
+        }
+        // A link that leads nowhere is in the way.
+        let _was_not_there = std::fs::remove_file(&place);
+        let target = Path::new("../../blobs").join(checksum.hex());
+        std::os::unix::fs::symlink(&target, &place)
+            .or_else(|_| std::fs::hard_link(self.blob(checksum), &place)) // file systems without symbolic links
+            .map_err(|e| HubError::io("cannot link", &place, e))
+    }
+
+    /// Keeps which commit the revision means, for when there is no network.
+    pub(crate) fn remember(&self, name: &ModelName, commit: &str) -> Result<(), HubError> {
+        if name.commit().is_some() {
+            return Ok(());
+        }
+        let refs = self.root.join("refs");
+        self.repo.create_ref(commit).map_err(|e| HubError::io("cannot write below", &refs, e))
+    }
+}
+
+/// The repository in hf-hub's words.
+pub(crate) fn repo_of(name: &ModelName) -> Repo {
+    Repo::with_revision(name.repository.clone(), RepoType::Model, name.revision().to_owned())
+}
+
+/// Whether a folder holds what is wanted of a model. What is wrong inside the files is for their reader.
+fn is_whole(folder: &Path, want: Want) -> bool {
+    let has = |file: &str| folder.join(file).exists();
+    if want == Want::Configuration {
+        return has("config.json");
+    }
+    let weights = match std::fs::read_to_string(folder.join(INDEX)) {
+        Ok(index) => indexed_files(&index).is_ok_and(|files| files.iter().all(|file| has(file))),
+        Err(_) => has(SINGLE),
+    };
+    has("config.json") && has("tokenizer.json") && weights
+}

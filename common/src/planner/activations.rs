@@ -1,0 +1,62 @@
+//! What training holds for a micro-batch besides the weights: the one place where that is counted.
+//!
+//! Packed rows: no padding, so everything is linear in the tokens.
+
+use crate::model_dir::ModelConfig;
+
+use super::Precision;
+
+/// Logits of the head that exist at a time, as numbers; the head and the loss run in pieces of this size.
+const HEAD_NUMBERS: u64 = 32 << 20;
+/// Tokens of a piece at least, however large the vocabulary.
+const HEAD_TOKENS: u64 = 64;
+
+/// Numbers that one layer keeps of one token for the backward pass.
+///
+/// | kept | numbers |
+/// |---|---|
+/// | input of the block, normed input | 2 h |
+/// | rotated queries and keys, values | q + 2 kv |
+/// | attention's output | q |
+/// | residual after attention, normed again | 2 h |
+/// | gate and up, their activated product | 3 m |
+/// | queries and keys before their norms (Qwen3) | q + kv |
+///
+/// h: hidden size; q: query heads × channels; kv: key/value heads × channels; m: width of the MLP.
+#[must_use]
+pub fn layer_numbers(model: &ModelConfig) -> u64 {
+    let of = |dimension: i64| u64::try_from(dimension).unwrap_or(u64::MAX);
+    let (hidden, mlp) = (of(model.hidden), of(model.intermediate));
+    let queries = of(model.heads).saturating_mul(of(model.head_dim));
+    let keys = of(model.kv_heads).saturating_mul(of(model.head_dim));
+    let before_norms = u64::from(model.architecture.qk_norm());
+    [(4, hidden), (2 + before_norms, queries), (2 + before_norms, keys), (3, mlp)]
+        .iter()
+        .fold(0, |sum: u64, (times, numbers)| sum.saturating_add(numbers.saturating_mul(*times)))
+}
+
+/// Bytes that forward and backward of `tokens` tokens hold at their peak, the head aside: what all layers keep, and
+/// once more a layer's worth of gradients on the way back. With `recompute`, layers keep their input alone and are
+/// computed again one at a time.
+#[must_use]
+pub fn activation_bytes(model: &ModelConfig, precision: Precision, tokens: u64, recompute: bool) -> u64 {
+    let of = |dimension: i64| u64::try_from(dimension).unwrap_or(u64::MAX);
+    let (layers, hidden, layer) = (of(model.layers), of(model.hidden), layer_numbers(model));
+    let kept = if recompute {
+        layers.saturating_mul(hidden).saturating_add(layer)
+    } else {
+        layers.saturating_mul(layer)
+    };
+    let working = layer;
+    // Final norm, and where the two halves of the backward pass meet: hidden states and their gradient.
+    let ends = 3 * hidden;
+    kept.saturating_add(working).saturating_add(ends).saturating_mul(precision.bytes()).saturating_mul(tokens)
+}
+
+/// Bytes of the head and the loss: the logits of a piece in f32, and their gradient in the model's numbers.
+#[must_use]
+pub fn head_bytes(model: &ModelConfig, precision: Precision, tokens: u64) -> u64 {
+    let vocab = u64::try_from(model.vocab).unwrap_or(u64::MAX).max(1);
+    let rows = (HEAD_NUMBERS / vocab / HEAD_TOKENS * HEAD_TOKENS).max(HEAD_TOKENS).min(tokens);
+    rows.saturating_mul(vocab).saturating_mul(4 + precision.bytes())
+}

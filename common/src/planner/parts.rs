@@ -1,0 +1,151 @@
+//! A rank's memory by part.
+
+use serde::Serialize;
+
+use crate::model_dir::ModelConfig;
+
+use super::workload::{DeviceKind, PREFILL_TOKENS, Workload};
+use super::{activation_bytes, head_bytes, layer_numbers};
+
+/// libtorch and its kernels, this program, a tokenizer, chains on their way.
+const CPU_FIXED_BYTES: u64 = 220 << 20;
+/// A CUDA context, its libraries' workspaces, NCCL's buffers.
+const CUDA_FIXED_BYTES: u64 = 1200 << 20;
+/// f32 tensors `[slots, vocab]` alive while tokens are drawn: logits, and their order where that is asked for.
+const SAMPLING_COPIES: u64 = 2;
+/// The norm of the gradient is taken in f64 from a copy.
+const SCRATCH_BYTES_A_WEIGHT: u64 = 8;
+
+/// Bytes of one rank.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct RankBytes {
+    /// The network, and its matrices once more as products read them.
+    pub weights: u64,
+    /// The frozen copy for the KL loss.
+    pub reference: u64,
+    /// The f32 sums of the gradients.
+    pub gradients: u64,
+    /// Master weights and both moments: this rank's share.
+    pub optimizer: u64,
+    /// libtorch, the process.
+    pub fixed: u64,
+    /// Keys and values of all cached chains, full.
+    pub kv_cache: u64,
+    /// Prefill and sampling beside the cache.
+    pub rollout_workspace: u64,
+    /// A full micro-batch on its way forward and back.
+    pub activations: u64,
+    /// Head and loss, in pieces.
+    pub head: u64,
+    /// What an update needs for a moment.
+    pub update_scratch: u64,
+    /// The peak: what is always held, and the largest of rollout, training and update.
+    pub total_bytes: u64,
+}
+
+impl RankBytes {
+    /// What is held all the time.
+    #[must_use]
+    pub fn resident(&self) -> u64 {
+        let parts = [self.weights, self.reference, self.gradients, self.optimizer, self.fixed];
+        parts.into_iter().fold(0, u64::saturating_add)
+    }
+
+    /// Held while chains run.
+    #[must_use]
+    pub fn rollout(&self) -> u64 {
+        self.kv_cache.saturating_add(self.rollout_workspace)
+    }
+
+    /// Held while a micro-batch is computed.
+    #[must_use]
+    pub fn training(&self) -> u64 {
+        self.activations.saturating_add(self.head)
+    }
+
+    fn summed(mut self) -> Self {
+        let at_times = self.rollout().max(self.training()).max(self.update_scratch);
+        self.total_bytes = self.resident().saturating_add(at_times);
+        self
+    }
+}
+
+/// Number of weights.
+#[must_use]
+pub fn parameters(model: &ModelConfig) -> u64 {
+    let count = |shape: &[i64]| {
+        shape.iter().fold(1_u64, |all, &dim| all.saturating_mul(u64::try_from(dim).unwrap_or(u64::MAX)))
+    };
+    model.tensors().iter().fold(0, |sum, (_, shape)| sum.saturating_add(count(shape)))
+}
+
+/// Weights that are held a second time, in the layout that products read: every matrix but an embedding that is not
+/// the head too.
+fn packed(model: &ModelConfig) -> u64 {
+    let of = |dimension: i64| u64::try_from(dimension).unwrap_or(u64::MAX);
+    let embedding = of(model.vocab).saturating_mul(of(model.hidden));
+    let once = if model.tie_word_embeddings { 0 } else { embedding };
+    parameters(model).saturating_sub(once)
+}
+
+/// What a rank's process holds before it has a model.
+#[must_use]
+pub fn fixed_bytes(kind: DeviceKind) -> u64 {
+    match kind {
+        DeviceKind::Cpu => CPU_FIXED_BYTES,
+        DeviceKind::Cuda => CUDA_FIXED_BYTES,
+    }
+}
+
+/// Bytes of keys and values of one token.
+pub(super) fn cache_bytes_a_token(work: &Workload<'_>) -> u64 {
+    let of = |dimension: i64| u64::try_from(dimension).unwrap_or(u64::MAX);
+    let (model, number) = (work.model, work.precision.bytes());
+    (2 * number)
+        .saturating_mul(of(model.layers))
+        .saturating_mul(of(model.kv_heads))
+        .saturating_mul(of(model.head_dim))
+}
+
+/// Prefill of one pass, and the logits of all slots.
+pub(super) fn rollout_workspace(work: &Workload<'_>, slots: u64) -> u64 {
+    let vocab = u64::try_from(work.model.vocab).unwrap_or(u64::MAX);
+    let prefill =
+        layer_numbers(work.model).saturating_mul(work.precision.bytes()).saturating_mul(PREFILL_TOKENS);
+    let sampling = slots.saturating_mul(vocab).saturating_mul(4 * SAMPLING_COPIES);
+    prefill.saturating_add(sampling)
+}
+
+/// Head and activations of a micro-batch.
+pub(super) fn training_bytes(work: &Workload<'_>, tokens: u64, recompute: bool) -> u64 {
+    activation_bytes(work.model, work.precision, tokens, recompute).saturating_add(head_bytes(
+        work.model,
+        work.precision,
+        tokens,
+    ))
+}
+
+/// All parts, for a cache of `cache_tokens` in `slots` and micro-batches of `tokens`.
+pub(super) fn rank_bytes(
+    work: &Workload<'_>,
+    kind: DeviceKind,
+    (slots, cache_tokens): (u64, u64),
+    (tokens, recompute): (u64, bool),
+) -> RankBytes {
+    let (all, number) = (parameters(work.model), work.precision.bytes());
+    let weights = all.saturating_add(packed(work.model)).saturating_mul(number);
+    RankBytes {
+        weights,
+        reference: if work.reference { weights } else { 0 },
+        gradients: all.saturating_mul(4),
+        optimizer: all.saturating_mul(12).div_ceil(u64::from(work.optimizer_shards.max(1))),
+        fixed: fixed_bytes(kind),
+        kv_cache: cache_bytes_a_token(work).saturating_mul(cache_tokens),
+        rollout_workspace: rollout_workspace(work, slots),
+        activations: activation_bytes(work.model, work.precision, tokens, recompute),
+        head: head_bytes(work.model, work.precision, tokens),
+        update_scratch: all.saturating_mul(SCRATCH_BYTES_A_WEIGHT),
+        total_bytes: 0,
+    }
+    .summed()
+}

@@ -1,0 +1,235 @@
+//! Plans of real shapes: figures worked out by hand, order, and refusals with their numbers.
+
+use std::path::Path;
+
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::*;
+use crate::config::MicroBatch;
+use crate::model_dir::ModelConfig;
+
+const GIB: u64 = 1 << 30;
+
+fn shape(
+    hidden: i64,
+    layers: i64,
+    heads: (i64, i64),
+    intermediate: i64,
+    vocab: i64,
+    tied: bool,
+) -> ModelConfig {
+    let json = json!({
+        "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "num_hidden_layers": layers,
+        "num_attention_heads": heads.0, "num_key_value_heads": heads.1, "intermediate_size": intermediate,
+        "vocab_size": vocab, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "max_position_embeddings": 8192, "tie_word_embeddings": tied,
+    });
+    ModelConfig::from_json(json.as_object().unwrap(), Path::new("config.json")).unwrap()
+}
+
+/// SmolLM2-135M's shape.
+fn small() -> ModelConfig {
+    shape(576, 30, (9, 3), 1536, 49_152, true)
+}
+
+/// Llama-3.1-8B's shape.
+fn large() -> ModelConfig {
+    shape(4096, 32, (32, 8), 14_336, 128_256, false)
+}
+
+fn work(model: &ModelConfig) -> Workload<'_> {
+    Workload {
+        model,
+        precision: Precision::Bf16,
+        optimizer_shards: 1,
+        reference: false,
+        window: Some(1024),
+        chains: 64,
+        micro_batch: MicroBatch::Planned,
+        can_recompute: false,
+    }
+}
+
+fn cpu(gib: u64, ranks: u32) -> Machine {
+    Machine { kind: DeviceKind::Cpu, memory_bytes: Some(gib * GIB), ranks }
+}
+
+#[test]
+fn the_parts_are_those_of_the_table() {
+    let model = small();
+    let all = parameters(&model);
+    assert_eq!(all, 134_515_008, "as transformers counts them");
+    let plan = plan(&Workload { reference: true, ..work(&model) }, &cpu(24, 2)).unwrap();
+    let rank = plan.rank;
+    assert_eq!(
+        (rank.weights, rank.reference),
+        (4 * all, 4 * all),
+        "bfloat16 twice: the head is the embedding"
+    );
+    assert_eq!((rank.gradients, rank.optimizer), (4 * all, 12 * all));
+    // 2 numbers · 2 bytes · 30 layers · 3 heads · 64 channels.
+    assert_eq!(rank.kv_cache, plan.cache_tokens * 23_040);
+    assert_eq!(plan.cache_tokens, 64 * 1024, "every chain may fill its window");
+    assert_eq!((plan.micro_batch, plan.micro_batch_tokens), (MicroBatch::Tokens(4096), 4096));
+    // h = q = 576, kv = 192, m = 1536.
+    let layer = 4 * 576 + 2 * 576 + 2 * 192 + 3 * 1536;
+    assert_eq!(layer_numbers(&model), layer);
+    assert_eq!(rank.activations, 4096 * 2 * (31 * layer + 3 * 576));
+    assert_eq!(rank.head, 640 * 49_152 * 6, "ten times 64 tokens make less than 32 Mi logits");
+    assert_eq!(
+        rank.total_bytes,
+        rank.resident() + rank.rollout().max(rank.training()).max(rank.update_scratch)
+    );
+    assert_eq!(plan.recompute_above_tokens, None);
+}
+
+#[test]
+fn a_shared_optimizer_is_a_part_on_each_rank() {
+    let model = small();
+    let whole = plan(&work(&model), &cpu(24, 2)).unwrap().rank;
+    let shared = plan(&Workload { optimizer_shards: 2, ..work(&model) }, &cpu(24, 2)).unwrap().rank;
+    assert_eq!(shared.optimizer, whole.optimizer / 2);
+    assert_eq!(shared.gradients, whole.gradients);
+}
+
+#[test]
+fn a_job_that_cannot_fit_is_refused_with_its_parts_and_with_what_would() {
+    let model = large();
+    let told = plan(&work(&model), &cpu(24, 2)).unwrap_err().to_string();
+    for part in
+        ["a rank needs at least", "of the 24.0 GiB of this node, which 2 ranks share", "28.9 GiB of weights"]
+    {
+        assert!(told.contains(part), "{part}: {told}");
+    }
+    assert!(told.contains("No setting makes it fit") && told.contains("a smaller model"), "{told}");
+
+    // What is offered is enough alone; where nothing is, all of it together.
+    let model = small();
+    let tight = Workload { precision: Precision::F32, reference: true, ..work(&model) };
+    let refusal = plan(&tight, &cpu(6, 2)).unwrap_err();
+    assert_eq!(refusal.memory_bytes, 6 * GIB);
+    assert!(refusal.rank.total_bytes > refusal.budget_bytes);
+    assert!(
+        refusal.changes.iter().any(|change| change == "trainer.n_gpus_per_node=1 instead of 2"),
+        "{refusal}"
+    );
+    assert!(plan(&tight, &cpu(6, 1)).is_ok(), "what is offered fits");
+    let refusal = plan(&tight, &cpu(5, 2)).unwrap_err();
+    assert_eq!(refusal.changes.len(), 1, "{refusal}");
+    let all = &refusal.changes[0];
+    for change in ["together", "dtype=bfloat16", "use_kl_loss=False", "n_gpus_per_node=1"] {
+        assert!(all.contains(change), "{change}: {all}");
+    }
+    let smaller = Workload { precision: Precision::Bf16, reference: false, ..tight };
+    assert!(plan(&smaller, &cpu(5, 1)).is_ok(), "what is offered fits");
+}
+
+#[test]
+fn what_is_set_too_large_is_named_with_what_to_leave_out() {
+    let model = small();
+    let set = Workload { micro_batch: MicroBatch::Tokens(100_000), ..work(&model) };
+    let refusal = plan(&set, &cpu(8, 1)).unwrap_err().to_string();
+    assert!(
+        refusal.contains("100000 tokens") && refusal.contains("ppo_max_token_len_per_gpu out"),
+        "{refusal}"
+    );
+    let chains = Workload { micro_batch: MicroBatch::Chains(64), ..work(&model) };
+    let refusal = plan(&chains, &cpu(8, 1)).unwrap_err().to_string();
+    assert!(
+        refusal.contains("65536 tokens") && refusal.contains("ppo_micro_batch_size_per_gpu out"),
+        "{refusal}"
+    );
+    let long = Workload { window: Some(8192), ..work(&model) };
+    let refusal = plan(&long, &cpu(6, 1)).unwrap_err().to_string();
+    assert!(refusal.contains("actor_rollout_ref.rollout.max_model_len=4096"), "{refusal}");
+    let offered = Workload { window: Some(4096), ..work(&model) };
+    assert!(plan(&offered, &cpu(6, 1)).is_ok(), "what is offered fits");
+}
+
+#[test]
+fn a_window_nobody_set_is_as_long_as_memory_allows_and_that_is_said() {
+    let model = small();
+    let unset = Workload { window: None, ..work(&model) };
+    assert_eq!(plan(&unset, &cpu(24, 1)).unwrap().shortened_from, None);
+    let plan = plan(&unset, &cpu(6, 1)).unwrap();
+    assert!((1024..8192).contains(&plan.window) && plan.window.is_multiple_of(256), "{}", plan.window);
+    assert_eq!(plan.shortened_from, Some(8192));
+    assert!(plan.in_words().iter().any(|line| line.contains("max_model_len")), "{:?}", plan.in_words());
+}
+
+#[test]
+fn activations_are_computed_again_only_where_they_do_not_fit_otherwise() {
+    let model = small();
+    let can = Workload { can_recompute: true, window: Some(8192), ..work(&model) };
+    assert_eq!(plan(&can, &cpu(24, 1)).unwrap().recompute_above_tokens, None);
+    let tight = plan(&can, &cpu(5, 1)).unwrap();
+    let above = tight.recompute_above_tokens.unwrap();
+    assert!(
+        above < 8192 && tight.micro_batch_tokens <= above,
+        "the usual micro-batch is not slowed: {tight:?}"
+    );
+}
+
+#[test]
+fn memory_that_is_not_known_refuses_nothing() {
+    let model = large();
+    let unknown = Machine { kind: DeviceKind::Cuda, memory_bytes: None, ranks: 1 };
+    let plan = plan(&work(&model), &unknown).unwrap();
+    assert_eq!((plan.micro_batch_tokens, plan.budget_bytes), (16_384, None));
+}
+
+#[test]
+fn words_are_short() {
+    let words: Vec<_> = [17, 5 << 10, 300 << 20, 3 * GIB / 2].into_iter().map(bytes_in_words).collect();
+    assert_eq!(words, ["17 B", "5 KiB", "300 MiB", "1.5 GiB"]);
+}
+
+proptest! {
+    /// More of anything asked for never needs less, and less memory never gives more.
+    #[test]
+    fn needs_grow_with_what_is_asked_and_choices_shrink_with_memory(
+        window in 64_u32..4096, more in 1_u32..2048, tokens in 128_u32..4096, gib in 3_u64..64, ranks in 1_u32..6,
+    ) {
+        let model = small();
+        let base = Workload { window: Some(window), micro_batch: MicroBatch::Tokens(tokens), ..work(&model) };
+        let bytes = |work: &Workload<'_>, machine: &Machine| plan(work, machine).map(|plan| plan.rank).map_err(|no| no.rank);
+        let room = cpu(4096, 1);
+        let there = bytes(&base, &room).unwrap();
+        let longer = bytes(&Workload { window: Some(window + more), ..base }, &room).unwrap();
+        let bigger = bytes(&Workload { micro_batch: MicroBatch::Tokens(tokens + more), ..base }, &room).unwrap();
+        let crowded = bytes(&Workload { chains: 65, ..base }, &room).unwrap();
+        let referred = bytes(&Workload { reference: true, ..base }, &room).unwrap();
+        prop_assert!(longer.kv_cache >= there.kv_cache && longer.total_bytes >= there.total_bytes);
+        prop_assert!(bigger.activations > there.activations && bigger.total_bytes >= there.total_bytes);
+        prop_assert!(crowded.rollout_workspace > there.rollout_workspace);
+        prop_assert_eq!(referred.total_bytes, there.total_bytes + there.weights);
+
+        let chosen = Workload { micro_batch: MicroBatch::Planned, ..base };
+        if let Ok(tight) = plan(&chosen, &cpu(gib, ranks)) {
+            let peak = tight.longest_chain_bytes.unwrap_or(0).max(tight.rank.total_bytes);
+            prop_assert!(peak <= tight.budget_bytes.unwrap(), "{:?}", tight);
+            prop_assert!(tight.cache_tokens >= u64::from(tight.window), "one chain always fits");
+            let wide = plan(&chosen, &cpu(gib + 8, ranks)).unwrap();
+            let alone = plan(&chosen, &cpu(gib, 1)).unwrap();
+            for roomier in [wide, alone] {
+                prop_assert!(roomier.micro_batch_tokens >= tight.micro_batch_tokens);
+                prop_assert!(roomier.slots >= tight.slots);
+                prop_assert!(roomier.slots > tight.slots || roomier.cache_tokens >= tight.cache_tokens);
+            }
+        }
+    }
+
+    /// Whatever the shape, a plan is made or refused, never a panic or an overflow.
+    #[test]
+    fn any_shape_gets_a_plan_or_a_refusal(
+        hidden in 1_i64..65_536, layers in 1_i64..200, mlp in 1_i64..200_000, vocab in 1_i64..1_000_000, gib in 0_u64..512,
+    ) {
+        let model = shape(hidden * 2, layers, (1, 1), mlp, vocab, true);
+        let machine = cpu(gib, 2);
+        match plan(&work(&model), &machine) {
+            Ok(plan) => prop_assert!(plan.rank.total_bytes <= plan.budget_bytes.unwrap()),
+            Err(refusal) => prop_assert!(refusal.rank.total_bytes > refusal.budget_bytes, "{}", refusal),
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! What this machine has, each thing tried and not guessed where that costs little.
+
+use agentfly_c10d::LIBTORCH_VERSION;
+use agentfly_common::machine::{Memory, cores, cpu_computes_bf16, cpu_has_bf16_matrix_unit, memory};
+use agentfly_policy::placement::cuda_built;
+use agentfly_sandbox::{Sandbox, SandboxConfig, Snippet, Status};
+use serde::Serialize;
+
+use crate::gpu::{self, Gpu};
+use crate::rank::python::interpreter;
+
+/// What there is.
+#[derive(Debug, Serialize)]
+pub(super) struct Facts {
+    pub(super) cores: u32,
+    pub(super) cpu: Option<String>,
+    /// avx512_bf16: bf16 is multiplied in hardware.
+    pub(super) cpu_bf16: bool,
+    /// amx_bf16.
+    pub(super) cpu_amx: bool,
+    pub(super) memory_bytes: u64,
+    pub(super) memory_available_bytes: u64,
+    pub(super) gpus: Vec<Gpu>,
+    /// Whether this program can use GPUs at all.
+    pub(super) built_for_cuda: bool,
+    pub(super) libtorch: &'static str,
+    /// The sandbox's tier.
+    pub(super) sandbox: Option<String>,
+    /// Why there is none.
+    pub(super) sandbox_problem: Option<String>,
+}
+
+impl Facts {
+    /// Looks around; the sandbox is started, used once and ended.
+    pub(super) fn gather() -> Self {
+        let Memory { total_bytes, available_bytes } = memory();
+        let (sandbox, sandbox_problem) = match sandbox() {
+            Ok(tier) => (Some(tier), None),
+            Err(error) => (None, Some(format!("{error:#}"))),
+        };
+        Self {
+            cores: cores(),
+            cpu: cpu_name(),
+            cpu_bf16: cpu_computes_bf16(),
+            cpu_amx: cpu_has_bf16_matrix_unit(),
+            memory_bytes: total_bytes,
+            memory_available_bytes: available_bytes,
+            gpus: gpu::list(),
+            built_for_cuda: cuda_built(),
+            libtorch: LIBTORCH_VERSION,
+            sandbox,
+            sandbox_problem,
+        }
+    }
+
+    /// What must be mended before a job can run.
+    pub(super) fn problems(&self) -> Vec<String> {
+        let sandbox = self.sandbox_problem.as_ref();
+        sandbox.map(|why| format!("tools and rewards cannot run: {why}")).into_iter().collect()
+    }
+
+    /// Whether GPUs are there and cannot be used.
+    pub(super) fn idle_gpus(&self) -> bool {
+        !self.gpus.is_empty() && !self.built_for_cuda
+    }
+}
+
+/// Runs a first snippet through every layer, and gives the tier.
+fn sandbox() -> anyhow::Result<String> {
+    let config = SandboxConfig { slots: 1, preload: Vec::new(), ..SandboxConfig::new(interpreter()?) };
+    let sandbox = Sandbox::start(config)?;
+    let outcome = sandbox.run(&Snippet { code: "print(6 * 7)", seed: 1, limits: None })?;
+    anyhow::ensure!(
+        outcome.status == Status::Ok && outcome.stdout == "42\n",
+        "a first snippet ended with {:?}: {}",
+        outcome.status,
+        outcome.stderr
+    );
+    Ok(sandbox.tier().to_string())
+}
+
+fn cpu_name() -> Option<String> {
+    let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = info.lines().find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
