@@ -36,9 +36,7 @@ impl Heads {
         let sound = self.keys > 0 && self.dim > 0 && self.queries > 0 && self.queries % self.keys == 0;
         // In i128: a product could wrap around.
         let row = (i128::from(self.queries) + 2 * i128::from(self.keys)).checked_mul(self.dim.into());
-        expect(operation, sound && row == Some(width.into()), || {
-            format!("rows {} of {self:?}", shown(qkv))
-        })?;
+        expect(operation, sound && row == Some(width.into()), || format!("rows {} of {self:?}", shown(qkv)))?;
         Ok(rows)
     }
 }

@@ -42,8 +42,7 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, heads: i64) -> Result<Tensor
     let operation = "rotary embedding";
     let (rows, width) = expect_rows(operation, x)?;
     let half = size(cos).last().copied().unwrap_or(0);
-    let angles =
-        |a: &Tensor| is(a, Kind::Float, x.device()) && a.size() == [rows, half] && a.is_contiguous();
+    let angles = |a: &Tensor| is(a, Kind::Float, x.device()) && a.size() == [rows, half] && a.is_contiguous();
     // Compared by division: a product could wrap around.
     let inside = half > 0 && heads >= 0 && heads <= width / (2 * half);
     expect(operation, angles(cos) && angles(sin) && inside, || {

@@ -67,13 +67,17 @@ fn packed_sequences_attend_each_to_itself_and_back() {
                 numbers.tensor(&[rows, h.row()], kind) * 2.0,
                 numbers.tensor(&[rows, h.queries * h.dim], kind),
             );
-            let by_libtorch =
-                |kind: Kind| both_ways(|x| plain(x, lengths, h), &leaf(&qkv, kind), &g, h);
+            let by_libtorch = |kind: Kind| both_ways(|x| plain(x, lengths, h), &leaf(&qkv, kind), &g, h);
             let (truth, libtorch) = (by_libtorch(Kind::Double), by_libtorch(kind));
             let ends = starts(lengths);
             let ours = both_ways(|x| attention(x, &ends, h).unwrap(), &leaf(&qkv, kind), &g, h);
             for (i, name) in ["mix", "queries", "keys", "values"].into_iter().enumerate() {
-                assert_true(&format!("{name} of {h:?} {lengths:?} {kind:?}"), &ours[i], &truth[i], &libtorch[i]);
+                assert_true(
+                    &format!("{name} of {h:?} {lengths:?} {kind:?}"),
+                    &ours[i],
+                    &truth[i],
+                    &libtorch[i],
+                );
             }
         }
     }
@@ -126,7 +130,8 @@ fn the_cache_gives_what_whole_sequences_give() {
             });
             let ours = Tensor::cat(&through_cache(&chains, h, &mut numbers), 0);
             // f16 has no kernel; its rounding is the finer one.
-            let libtorch = plain(&qkv.to_kind(if kind == Kind::Float { kind } else { Kind::BFloat16 }), lengths, h);
+            let libtorch =
+                plain(&qkv.to_kind(if kind == Kind::Float { kind } else { Kind::BFloat16 }), lengths, h);
             assert_true(&format!("{h:?} {lengths:?} {kind:?}"), &ours, &truth, &libtorch);
         }
     }

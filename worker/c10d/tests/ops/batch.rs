@@ -1,7 +1,9 @@
 //! A token's numbers are its own: the same bits at any place of any batch, however its sequence was cut into steps,
 //! on any number of threads. Where this crate has no kernels libtorch decides, and nothing is promised.
 
-use agentfly_c10d::ops::{self, Heads, Linear, PAGE_TOKENS, PagedStep, attention, page_numbers, paged_attention};
+use agentfly_c10d::ops::{
+    self, Heads, Linear, PAGE_TOKENS, PagedStep, attention, page_numbers, paged_attention,
+};
 use tch::{Device, Kind, Tensor};
 
 use crate::attention::heads;
@@ -37,7 +39,8 @@ pub(crate) fn through_cache(chains: &[Chain], h: Heads, numbers: &mut Numbers) -
     let shape = [count, LAYERS, h.keys * page_numbers(like, h.dim).unwrap()];
     let pages = Tensor::full(shape, 3.0, (like.kind(), Device::Cpu));
     let mut order = numbers.shuffled(count);
-    let tables: Vec<Vec<i64>> = chains.iter().map(|c| order.split_off(order.len() - c.pages() as usize)).collect();
+    let tables: Vec<Vec<i64>> =
+        chains.iter().map(|c| order.split_off(order.len() - c.pages() as usize)).collect();
     let widest = tables.iter().map(Vec::len).max().unwrap();
     let mut done = vec![0; chains.len()];
     let mut results: Vec<Vec<Tensor>> = chains.iter().map(|_| Vec::new()).collect();
@@ -87,7 +90,8 @@ const HEADS: [Heads; 12] = [
 
 /// Lengths and steps that end before, at and behind the borders of pages and of what a step reads.
 fn many_chains() -> Vec<(i64, Vec<i64>)> {
-    let one_by_one = |first: i64, rest: i64| std::iter::once(first).chain(vec![1; rest as usize]).collect::<Vec<_>>();
+    let one_by_one =
+        |first: i64, rest: i64| std::iter::once(first).chain(vec![1; rest as usize]).collect::<Vec<_>>();
     vec![
         (70, one_by_one(1, 69)),
         (129, vec![129]),
@@ -131,11 +135,16 @@ fn tiny_and_huge_numbers_decode_to_the_same_bits() {
             let mut numbers = Numbers::new(77);
             let qkv = numbers.tensor(&[100, h.row()], kind) * scale;
             let first = (h.queries + h.keys) * h.dim;
-            qkv.narrow(1, first, h.keys * h.dim).copy_(&(numbers.tensor(&[100, h.keys * h.dim], kind) * values));
+            qkv.narrow(1, first, h.keys * h.dim)
+                .copy_(&(numbers.tensor(&[100, h.keys * h.dim], kind) * values));
             let packed = attention(&qkv, &starts(&[100]), h).unwrap();
             let chains = Chain::split(&qkv, &[100], |_| std::iter::once(1).chain(vec![1; 99]).collect());
             let decoded = through_cache(&chains, h, &mut numbers);
-            assert_same_bits(&format!("scores of size {scale}, values {values}, {kind:?}"), &decoded[0], &packed);
+            assert_same_bits(
+                &format!("scores of size {scale}, values {values}, {kind:?}"),
+                &decoded[0],
+                &packed,
+            );
         }
     }
 }
@@ -143,7 +152,9 @@ fn tiny_and_huge_numbers_decode_to_the_same_bits() {
 #[test]
 fn a_row_of_a_linear_map_does_not_depend_on_the_others() {
     for kind in KINDS.into_iter().filter(|kind| has_kernels(*kind)) {
-        for (k, n, m) in [(64, 100, 130), (576, 192, 97), (34, 16, 70), (2, 7, 66), (1536, 65, 200), (130, 1, 130)] {
+        for (k, n, m) in
+            [(64, 100, 130), (576, 192, 97), (34, 16, 70), (2, 7, 66), (1536, 65, 200), (130, 1, 130)]
+        {
             let mut numbers = Numbers::new((k + n) as u64);
             let (weight, bias) = (numbers.tensor(&[n, k], kind), numbers.tensor(&[n], kind));
             let x = numbers.tensor(&[m, k], kind);

@@ -11,7 +11,16 @@ use crate::util::{KINDS, Numbers, from_bits, leaf, starts, zeros};
 fn nans(kind: Kind) -> Vec<Tensor> {
     let bits: &[u32] = match kind {
         Kind::BFloat16 => &[0x7fc0, 0xffc0, 0x7fff, 0xffff, 0x7f81, 0xff81],
-        _ => &[0x7fc0_0000, 0xffc0_0000, 0x7fff_ffff, 0xffff_ffff, 0x7f80_0001, 0xff80_0001, 0x7fc0_01ff, 0x7fdf_ff80],
+        _ => &[
+            0x7fc0_0000,
+            0xffc0_0000,
+            0x7fff_ffff,
+            0xffff_ffff,
+            0x7f80_0001,
+            0xff80_0001,
+            0x7fc0_01ff,
+            0x7fdf_ff80,
+        ],
     };
     bits.iter().map(|&bits| from_bits(bits, kind)).collect()
 }
@@ -46,7 +55,8 @@ fn no_number(x: &Tensor) -> bool {
 fn a_linear_map_of_nan_is_nan() {
     for kind in KINDS {
         let mut numbers = Numbers::new(1);
-        let (x, weight, bias) = (numbers.tensor(&[70, 32], kind), numbers.tensor(&[80, 32], kind), numbers.tensor(&[80], kind));
+        let (x, weight, bias) =
+            (numbers.tensor(&[70, 32], kind), numbers.tensor(&[80, 32], kind), numbers.tensor(&[80], kind));
         for evil in evils(kind) {
             let map = Linear::new(&[&weight], &[&bias]).unwrap();
             for x in [with(&x, 69, 31, &evil), with(&x.narrow(0, 0, 1), 0, 3, &evil)] {
@@ -86,7 +96,10 @@ fn norm_rope_and_swiglu_of_nan_are_nan() {
             assert!(no_number(&y.select(1, 5)), "norm by {evil:?} in {kind:?}");
             let y = ops::rope(&bad, &cos, &sin, 3).unwrap();
             // Column 5 is in the first head's second half: it is turned into column 1, too.
-            assert!(no_number(&y.get(2).get(5)) && no_number(&y.get(2).get(1)), "rope of {evil:?} in {kind:?}");
+            assert!(
+                no_number(&y.get(2).get(5)) && no_number(&y.get(2).get(1)),
+                "rope of {evil:?} in {kind:?}"
+            );
             for column in [5, 17] {
                 let bad = leaf(&with(&x, 2, column, &evil), kind);
                 let y = ops::swiglu(&bad).unwrap();
@@ -97,7 +110,10 @@ fn norm_rope_and_swiglu_of_nan_are_nan() {
         for nan in nans(kind) {
             let x = leaf(&x, kind);
             ops::backward(&ops::swiglu(&x).unwrap(), &with(&zeros(&[4, 12], kind), 1, 5, &nan)).unwrap();
-            assert!(all_nan(&x.grad().get(1).get(5)) && all_nan(&x.grad().get(1).get(17)), "{nan:?} {kind:?}");
+            assert!(
+                all_nan(&x.grad().get(1).get(5)) && all_nan(&x.grad().get(1).get(17)),
+                "{nan:?} {kind:?}"
+            );
             let x = leaf(&x, kind);
             let y = ops::rms_norm(&x, &weight, None, 1e-5).unwrap();
             ops::backward(&y, &with(&zeros(&[4, 24], kind), 1, 5, &nan)).unwrap();
@@ -127,7 +143,10 @@ fn attention_of_nan_is_nan_from_there_on() {
                 assert!(part == "query" || !finite(&y.get(139)), "{what} is gone later");
                 ops::backward(&y, &y.ones_like()).unwrap();
                 assert!(!finite(&bad.grad().narrow(0, 40, 100)), "{what} is gone on the way back");
-                assert!(finite(&bad.grad().narrow(0, 0, 40)), "{what} reached another sequence on the way back");
+                assert!(
+                    finite(&bad.grad().narrow(0, 0, 40)),
+                    "{what} reached another sequence on the way back"
+                );
                 // Decoded: the same, in its own chain alone.
                 let chains = Chain::split(&bad.detach(), &[40, 100], |length| vec![length - 30, 1, 29]);
                 let decoded = through_cache(&chains, h, &mut numbers);
@@ -140,7 +159,8 @@ fn attention_of_nan_is_nan_from_there_on() {
 
 #[test]
 fn logits_with_nan_give_no_log_prob_and_no_crash() {
-    let ways = [(0.0, 1.0, i64::MAX), (1.0, 1.0, i64::MAX), (0.7, 0.5, i64::MAX), (1.0, 1.0, 20), (1.5, 0.9, 3)];
+    let ways =
+        [(0.0, 1.0, i64::MAX), (1.0, 1.0, i64::MAX), (0.7, 0.5, i64::MAX), (1.0, 1.0, 20), (1.5, 0.9, 3)];
     for width in [5, 600, 5000] {
         let logits = Numbers::new(4).tensor(&[1, width], Kind::Float) * 5.0;
         let infinity = zeros(&[1], Kind::Float) + f64::INFINITY;
@@ -158,7 +178,10 @@ fn logits_with_nan_give_no_log_prob_and_no_crash() {
                     let draw = Draw { temperature, top_p, top_k, uniform: 0.6 };
                     let (tokens, log_probs) = sample(&bad, &[draw]).unwrap();
                     assert!((0..width).contains(&tokens[0]));
-                    assert!(!log_probs[0].is_finite(), "{evil:?} at {first} of {width}: {draw:?} gives {log_probs:?}");
+                    assert!(
+                        !log_probs[0].is_finite(),
+                        "{evil:?} at {first} of {width}: {draw:?} gives {log_probs:?}"
+                    );
                 }
             }
         }

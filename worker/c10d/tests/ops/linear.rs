@@ -4,9 +4,7 @@ use agentfly_c10d::ops::{self, Linear};
 use agentfly_c10d::{AdamWHyper, AdamWState, fused_adamw};
 use tch::{Kind, Tensor};
 
-use crate::util::{
-    KINDS, Numbers, assert_same_bits, assert_true, different_bits, has_kernels, leaf, zeros,
-};
+use crate::util::{KINDS, Numbers, assert_same_bits, assert_true, different_bits, has_kernels, leaf, zeros};
 
 /// Rows of the weights, columns, rows of x, biased.
 type Case = (&'static [i64], i64, i64, bool);
@@ -182,8 +180,7 @@ type Change = (&'static str, fn(&mut Tensor));
 fn adamw(weight: &mut Tensor) {
     let lists = [(); 3].map(|()| [zeros(&weight.size(), weight.kind()) + 0.5]);
     let params = [weight.shallow_clone()];
-    let state =
-        AdamWState { params: &params, grads: &lists[0], exp_avgs: &lists[1], exp_avg_sqs: &lists[2] };
+    let state = AdamWState { params: &params, grads: &lists[0], exp_avgs: &lists[1], exp_avg_sqs: &lists[2] };
     let hyper = AdamWHyper { lr: 0.1, beta1: 0.9, beta2: 0.99, weight_decay: 0.1, eps: 1e-8 };
     fused_adamw(state, 1, &hyper).unwrap();
 }
@@ -211,7 +208,10 @@ fn a_weight_changed_in_place_is_seen_at_once() {
                 tch::no_grad(|| change(&mut weights[which]));
                 let after = ours.map.apply(&x).unwrap();
                 let fresh = Ours::new(&weights, &biases).map.apply(&x).unwrap();
-                assert!(different_bits(&before, &after) > 0, "{name} of weight {which} {kind:?} was not seen");
+                assert!(
+                    different_bits(&before, &after) > 0,
+                    "{name} of weight {which} {kind:?} was not seen"
+                );
                 assert_same_bits(name, &after, &fresh);
                 before = after;
             }

@@ -1,8 +1,8 @@
 //! Whatever a caller gets wrong is an error that says so: never a panic, and never memory that is not its own.
 
 use agentfly_c10d::ops::{
-    self, Draw, Heads, Linear, PagedStep, attention, page_numbers, paged_attention, rms_norm, rope, sample, swiglu,
-    token_terms,
+    self, Draw, Heads, Linear, PagedStep, attention, page_numbers, paged_attention, rms_norm, rope, sample,
+    swiglu, token_terms,
 };
 use agentfly_c10d::{ErrorKind, Result};
 use tch::{Device, Kind, Tensor};
@@ -91,11 +91,8 @@ fn linear_maps_refuse_what_does_not_fit() {
 #[test]
 fn a_weight_or_a_sum_that_changes_its_shape_is_an_error() {
     for kind in KINDS {
-        let changes: [fn(&mut Tensor); 3] = [
-            |t| drop(t.resize_([1, 2])),
-            |t| drop(t.transpose_(0, 1)),
-            |t| drop(t.resize_([500, 64])),
-        ];
+        let changes: [fn(&mut Tensor); 3] =
+            [|t| drop(t.resize_([1, 2])), |t| drop(t.transpose_(0, 1)), |t| drop(t.resize_([500, 64]))];
         for change in changes {
             let (mut weight, x) = (zeros(&[16, 64], kind), zeros(&[3, 64], kind));
             let map = Linear::new(&[&weight], &[]).unwrap();
@@ -194,7 +191,9 @@ fn attention_refuses_what_does_not_fit() {
     ] {
         refused(what, attention(&qkv, &starts, HEADS));
     }
-    for (what, qkv) in [("a vector", ones(&[8])), ("whole numbers", qkv.to_kind(Kind::Int64)), ("nothing", Tensor::new())] {
+    for (what, qkv) in
+        [("a vector", ones(&[8])), ("whole numbers", qkv.to_kind(Kind::Int64)), ("nothing", Tensor::new())]
+    {
         refused(what, attention(&qkv, &starts, HEADS));
     }
     refused("no rows", attention(&ones(&[0, 8]), &indices(&[0]), HEADS));
@@ -319,7 +318,10 @@ fn log_probs_refuse_what_does_not_fit() {
         ("f16", terms.backward(&z, &targets, &g, &g, Kind::Half)),
         ("a short gradient", terms.backward(&z, &targets, &ones(&[1]), &g, Kind::Float)),
         ("an f64 gradient", terms.backward(&z, &targets, &g, &g.to_kind(Kind::Double), Kind::Float)),
-        ("other rows", terms.backward(&ones(&[3, 5]), &indices(&[0, 0, 0]), &ones(&[3]), &ones(&[3]), Kind::Float)),
+        (
+            "other rows",
+            terms.backward(&ones(&[3, 5]), &indices(&[0, 0, 0]), &ones(&[3]), &ones(&[3]), Kind::Float),
+        ),
         ("other targets", terms.backward(&z, &indices(&[0, 9]), &g, &g, Kind::Float)),
         ("nothing", terms.backward(&z, &targets, &Tensor::new(), &g, Kind::Float)),
     ] {

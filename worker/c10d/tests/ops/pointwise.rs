@@ -88,7 +88,9 @@ fn plain_rope(x: &Tensor, cos: &Tensor, sin: &Tensor, heads: i64) -> Tensor {
 #[test]
 fn rope_turns_the_first_heads_and_back() {
     for kind in KINDS {
-        for (rows, heads, half, rest) in [(5, 3, 4, 8), (70, 2, 32, 0), (1, 1, 1, 3), (33, 5, 24, 17), (0, 1, 2, 1)] {
+        for (rows, heads, half, rest) in
+            [(5, 3, 4, 8), (70, 2, 32, 0), (1, 1, 1, 3), (33, 5, 24, 17), (0, 1, 2, 1)]
+        {
             let mut numbers = Numbers::new((rows + heads + half) as u64);
             let width = heads * 2 * half + rest;
             let (x, g) = (numbers.tensor(&[rows, width], kind), numbers.tensor(&[rows, width], kind));
@@ -134,7 +136,8 @@ fn swiglu_of_far_gates_is_the_gate_or_nothing() {
     for kind in KINDS {
         let gates = [-300.0f32, -100.0, -50.0, 0.0, 50.0, 100.0, 300.0];
         let ups = vec![2.0f32; gates.len()];
-        let x = Tensor::from_slice(&gates.into_iter().chain(ups).collect::<Vec<_>>()).view([1, 14]).to_kind(kind);
+        let x =
+            Tensor::from_slice(&gates.into_iter().chain(ups).collect::<Vec<_>>()).view([1, 14]).to_kind(kind);
         let y = Vec::<f32>::try_from(ops::swiglu(&x).unwrap().view(-1).to_kind(Kind::Float)).unwrap();
         for (y, gate) in y.into_iter().zip(gates) {
             let rounding = if kind == Kind::Float { 1e-6 } else { 4e-3 };

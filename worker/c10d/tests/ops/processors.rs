@@ -20,12 +20,20 @@ fn other_processors_tell_the_same_stories() {
     }
     for name in OTHERS {
         let mut tests = Command::new(env::current_exe().unwrap());
-        tests.env(SETTING, name).args(["--skip", "other_processors", "--test-threads", "2"]).stdin(Stdio::null());
+        tests
+            .env(SETTING, name)
+            .args(["--skip", "other_processors", "--test-threads", "2"])
+            .stdin(Stdio::null());
         let (sender, ended) = mpsc::channel();
         thread::spawn(move || sender.send(tests.output()));
-        let output = ended.recv_timeout(DEADLINE).unwrap_or_else(|_| panic!("{name} took over {DEADLINE:?}")).unwrap();
+        let output =
+            ended.recv_timeout(DEADLINE).unwrap_or_else(|_| panic!("{name} took over {DEADLINE:?}")).unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(output.status.success(), "with {SETTING}={name}:\n{text}{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "with {SETTING}={name}:\n{text}{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         assert!(text.contains(" passed") && !text.contains(" 0 passed"), "no test ran:\n{text}");
     }
 }

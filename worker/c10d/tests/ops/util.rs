@@ -70,7 +70,10 @@ pub(crate) fn assert_true(what: &str, ours: &Tensor, truth: &Tensor, libtorch: &
     if worst.numel() > 0 {
         let (worst, largest) = (worst.max().double_value(&[]), largest.max().double_value(&[]));
         let share = if libtorch.kind() == Kind::BFloat16 { 3e-2 } else { 1e-5 };
-        assert!(worst <= share * largest.max(1e-30), "{what}: one number is {worst:.3e} off, of {largest:.3e}");
+        assert!(
+            worst <= share * largest.max(1e-30),
+            "{what}: one number is {worst:.3e} off, of {largest:.3e}"
+        );
     }
 }
 

@@ -144,7 +144,11 @@ fn draws_follow_the_inverse_of_the_cumulative_distribution() {
             }
             // The log-prob is of the whole tempered distribution, and the learner's bit for bit.
             let terms = token_terms(&rows, &indices(&tokens), temperature).unwrap();
-            assert_same_bits(&format!("{:?} of {width}", draws[0]), &Tensor::from_slice(&log_probs), &terms.log_prob);
+            assert_same_bits(
+                &format!("{:?} of {width}", draws[0]),
+                &Tensor::from_slice(&log_probs),
+                &terms.log_prob,
+            );
         }
     }
 }
@@ -152,8 +156,12 @@ fn draws_follow_the_inverse_of_the_cumulative_distribution() {
 #[test]
 fn a_row_draws_the_same_whatever_stands_beside_it() {
     let z = logits(49_152, 0.0);
-    let draws = [(0.0, 1.0), (0.8, 0.9), (1.3, 1.0)]
-        .map(|(temperature, top_p)| Draw { temperature, top_p, top_k: i64::MAX, uniform: 0.77 });
+    let draws = [(0.0, 1.0), (0.8, 0.9), (1.3, 1.0)].map(|(temperature, top_p)| Draw {
+        temperature,
+        top_p,
+        top_k: i64::MAX,
+        uniform: 0.77,
+    });
     let (tokens, log_probs) = sample(&z, &draws).unwrap();
     for (i, draw) in draws.into_iter().enumerate() {
         let (token, log_prob) = sample(&z.narrow(0, i as i64, 1), &[draw]).unwrap();
