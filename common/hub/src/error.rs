@@ -86,7 +86,7 @@ pub enum HubError {
         /// The model.
         name: String,
         /// File and key.
-        source: ModelDirError,
+        source: Box<ModelDirError>,
     },
     /// The disk is too small.
     #[error(
@@ -136,11 +136,11 @@ pub enum HubError {
         /// The checksum's name.
         kind: &'static str,
         /// What the hub says.
-        expected: String,
+        expected: Box<str>,
         /// What came.
-        found: String,
+        found: Box<str>,
         /// The hub.
-        endpoint: String,
+        endpoint: Box<str>,
     },
     /// Another process holds the model and does not get on.
     #[error(

@@ -181,9 +181,9 @@ fn verify(session: &Session<'_>, file: &RemoteFile, part: &Path) -> Result<(), H
         name: session.name().to_string(),
         file: file.name.clone(),
         kind: file.checksum.kind(),
-        expected: file.checksum.hex().to_owned(),
-        found,
-        endpoint: session.endpoint().to_owned(),
+        expected: file.checksum.hex().into(),
+        found: found.into(),
+        endpoint: session.endpoint().into(),
     })
 }
 

@@ -106,7 +106,7 @@ impl Hub {
         self.bring_files(session, cached, commit, &listing.small_files())?;
         // Before gigabytes are fetched: can it be computed at all?
         ModelConfig::from_dir(&folder)
-            .map_err(|source| HubError::Unsupported { name: name.to_string(), source })?;
+            .map_err(|source| HubError::Unsupported { name: name.to_string(), source: Box::new(source) })?;
         if want == Want::Everything {
             let indexed = match listing.has(INDEX) {
                 true => {

@@ -51,7 +51,7 @@ pub enum ModelDirError {
     #[error(
         "{}: tensor `{name}` {shape:?} is missing ({found} tensors found{}); the weights and config.json do not belong together",
         path.display(),
-        nearest.as_ref().map(|(other, shape)| format!(", `{other}` {shape:?} among them")).unwrap_or_default()
+        nearest.as_deref().map(|(other, shape)| format!(", `{other}` {shape:?} among them")).unwrap_or_default()
     )]
     MissingTensor {
         /// The file that should hold it: the weights, or the index of several.
@@ -63,7 +63,7 @@ pub enum ModelDirError {
         /// How many tensors were there.
         found: usize,
         /// One of them whose name ends alike, and its shape.
-        nearest: Option<(String, Vec<i64>)>,
+        nearest: Option<Box<(String, Vec<i64>)>>,
     },
     /// A file holds a tensor that the configuration has no place for.
     #[error(

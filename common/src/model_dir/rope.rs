@@ -40,7 +40,7 @@ impl Reader<'_> {
         let found = object("rope_scaling")?.or(object("rope_parameters")?);
         let (key, map) = found.unwrap_or(("rope_parameters", &empty));
         let inside = Reader { path: self.path, map };
-        for (name, value) in map.iter().filter(|(_, value)| value.is_object()) {
+        if let Some((name, value)) = map.iter().find(|(_, value)| value.is_object()) {
             return Err(self.unsupported(
                 &format!("{key}.{name}"),
                 value,

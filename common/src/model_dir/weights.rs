@@ -100,7 +100,7 @@ pub(super) fn locate(
     let mut tensors = Vec::new();
     for (name, shape) in config.tensors() {
         let Some(entry) = all.remove(&name) else {
-            let nearest = nearest(&name, &all);
+            let nearest = nearest(&name, &all).map(Box::new);
             return Err(ModelDirError::MissingTensor { path: searched, name, shape, found, nearest });
         };
         tensors.push(entry.stored(name, shape)?);

@@ -47,7 +47,7 @@ pub(crate) fn serve(decoder: &Decoder, work: &Work, args: &EngineArgs) -> anyhow
             engine.submit(work.first_turn(chain, 0, sampling))?;
             run.context_tokens += work.prompt(chain / work::GROUP).len();
         }
-        run.to_the_end(&mut engine, decoder)?;
+        run.run_to_the_end(&mut engine, decoder)?;
         let seconds = started.elapsed().as_secs_f64();
         let after = engine.stats();
         for chain in own {
@@ -97,7 +97,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn to_the_end(&mut self, engine: &mut Engine, decoder: &Decoder) -> anyhow::Result<()> {
+    fn run_to_the_end(&mut self, engine: &mut Engine, decoder: &Decoder) -> anyhow::Result<()> {
         loop {
             self.submit_due(engine)?;
             if engine.has_work() {
