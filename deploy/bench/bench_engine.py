@@ -95,9 +95,12 @@ def parameters_of(model: Path) -> int:
 
 
 def interpreter(path: str, no_peers: bool) -> Path | None:
-    """A peer's Python, if it is there. Not resolved: a virtual environment's is a link."""
-    python = REPOSITORY / path
-    return None if no_peers or not python.exists() else python
+    """A peer's Python, if it is there; one that setup.sh makes is when it is complete."""
+    python = REPOSITORY / path  # not resolved: a virtual environment's is a link
+    if no_peers or not python.exists():
+        return None
+    made_here = python.is_relative_to(REPOSITORY / "third_party")
+    return None if made_here and not (python.parents[1] / ".stamp").exists() else python
 
 
 def template_of(model: Path) -> str | None:

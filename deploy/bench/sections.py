@@ -17,6 +17,7 @@ import work
 from report import Bar, Report, Row, Values, values
 from side import Failed, Measurement, Side
 from sides import Places
+from steps_trace import add_steps
 
 ORDER = ("gemm", "rollout", "multi-turn", "learner", "grpo")
 """Of the table."""
@@ -84,6 +85,18 @@ class Bench:
             self.say(f"{note}: {side.name} failed: {failure}")
             side.stop()
             return None
+
+    def choose_split(self, sides: list[Side], request: dict[str, Any], note: str,
+                     rate: Callable[[Measurement], float]) -> tuple[list[Side], dict[str, list[Measurement]]]:
+        """Our fastest split, and the runs of the others. One after the other: a learner takes gigabytes."""
+        runs: dict[str, list[Measurement]] = {}
+        if len(sides) > 1:
+            for side in sides:
+                with self.running([side], {**request, "seed": 0}, note):
+                    runs |= self.take_turns([side], request, note, lambda run: f"{rate(run):.3g}")
+        best = best_of(runs, rate)
+        chosen = [side for side in sides if side.name == best] if best else sides
+        return chosen, {name: taken for name, taken in runs.items() if name != best}
 
     def take_turns(self, sides: list[Side], request: dict[str, Any], note: str,
                    rate: Callable[[Measurement], str]) -> dict[str, list[Measurement]]:
@@ -229,9 +242,7 @@ def prefilled_percent(run: Measurement) -> float:
 def learner(bench: Bench, dtype: str) -> None:
     """A training step: forward and backward, the reference's log-probs, the optimizer, memory."""
     places, note = bench.places, f"learner {dtype}"
-    ours = [places.ours("learner", dtype, split) for split in places.splits()]
     hf = places.peer("transformers", "learner_hf.py", dtype)
-    sides = ours + ([hf] if hf else [])
     tokens = work.LEARNER["rows"] * work.LEARNER["tokens"]
 
     def rate(phase: str) -> Callable[[Measurement], float]:
@@ -240,10 +251,14 @@ def learner(bench: Bench, dtype: str) -> None:
     def milliseconds(run: Measurement) -> float:
         return 1e3 * run.phase("optimizer") * work.OPTIMIZER_PARAMETERS / float(run.answers[0]["parameters"])
 
+    splits = [places.ours("learner", dtype, split) for split in places.splits()]
+    ours, slower = bench.choose_split(splits, work.LEARNER, note, rate("forward_backward"))
+    sides = ours + ([hf] if hf else [])
     with bench.running(sides, {**work.LEARNER, "seed": 0}, note):
         runs = bench.take_turns(sides, work.LEARNER, note, lambda run: f"{rate('forward_backward')(run):.0f} tokens/s")
-    best, peer, missing = best_of(runs, rate("forward_backward")), runs.get("transformers", []), \
-        bench.missing("transformers", hf, note)
+    runs |= slower
+    best = ours[0].name if runs.get(ours[0].name) else None
+    peer, missing = runs.get("transformers", []), bench.missing("transformers", hf, note)
     what = "{rows} × {tokens} tokens".format(**work.LEARNER)
     for name in best_first(runs, best):
         chosen = name == best
@@ -271,12 +286,14 @@ def grpo(bench: Bench, dtype: str) -> None:
     places, note = bench.places, f"GRPO {dtype}"
     groups = work.GRPO["completions"] // work.GROUP
     splits = [split for split in places.splits() if groups % split.processes == 0]
-    ours = [places.ours("grpo", dtype, split) for split in splits]
+    ours, slower = bench.choose_split([places.ours("grpo", dtype, split) for split in splits], work.GRPO, note,
+                                      lambda run: 1 / run.inner_seconds())
     trl = places.peer("TRL", "grpo_trl.py", dtype)
     sides = ours + ([trl] if trl else [])
     with bench.running(sides, {**work.GRPO, "seed": 0}, note):
         runs = bench.take_turns(sides, work.GRPO, note, lambda run: f"{run.inner_seconds():.2f} s")
-    best = best_of(runs, lambda run: -run.inner_seconds())
+    runs |= slower
+    best = ours[0].name if runs.get(ours[0].name) else None
     peer, missing = runs.get("TRL", []), bench.missing("TRL", trl, note)
     smaller: dict[str, Any] = {"larger_is_better": False}
     what = "step, {completions} completions × {new_tokens} tokens".format(**work.GRPO)
@@ -287,7 +304,7 @@ def grpo(bench: Bench, dtype: str) -> None:
             values(name, "s", runs[name], Measurement.inner_seconds, **smaller),
             values("TRL", "s", peer, Measurement.inner_seconds, **smaller) if chosen else None,
             bench.bar(2.0) if chosen else None, ratio_is_the_bar=chosen, missing=missing))
-        trace(bench, f"{name} {dtype}", runs[name])
+        add_steps(bench.traces, f"{name} {dtype}", runs[name])
     own = runs.get(best or "", [])
 
     def generated(run: Measurement) -> float:
@@ -312,27 +329,6 @@ def grpo(bench: Bench, dtype: str) -> None:
         "grpo", "peak memory (ratio: TRL's over ours)", dtype,
         values(best or "", "MB", own, lambda run: run.peak_mb, **smaller),
         values("TRL", "MB", peer, lambda run: run.peak_mb, **smaller), bench.bar(2.0), missing=missing))
-
-
-def trace(bench: Bench, name: str, runs: list[Measurement]) -> None:
-    """Adds our GRPO steps as Chrome-trace events, one track a process, step after step."""
-    start = 0.0
-    process = len({event["pid"] for event in bench.traces}) + 1
-    bench.traces.append({"name": "process_name", "ph": "M", "pid": process, "args": {"name": name}})
-    for step, run in enumerate(runs, 1):
-        for rank, answer in enumerate(run.answers):
-            common = {"ph": "X", "pid": process, "tid": rank}
-            bench.traces.append({**common, "name": f"step {step}", "ts": start * 1e6, "dur": answer["seconds"] * 1e6})
-            at = start
-            phases = answer["phases"]
-            # The learner reports sums; with one update a step they follow each other in this order.
-            for part, seconds in [("generate", answer["generate"])] + [
-                    (key, phases[key])
-                    for key in ("reference", "old_log_prob", "forward_backward", "all_reduce", "optimizer")]:
-                if seconds > 0:
-                    bench.traces.append({**common, "name": part, "ts": at * 1e6, "dur": seconds * 1e6})
-                    at += seconds
-        start += run.inner_seconds()
 
 
 SECTIONS: dict[str, Callable[[Bench, str], None]] = {

@@ -83,7 +83,7 @@ class Child:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except (BrokenPipeError, ValueError) as error:
-            raise Failed(self.last_words("it ended")) from error
+            raise Failed(self.ending()) from error
 
     def receive(self, deadline: float) -> dict[str, Any]:
         """The next answer, until `deadline` on the monotonic clock."""
@@ -94,14 +94,17 @@ class Child:
             except queue.Empty:
                 raise Failed(f"no answer before its deadline; its output is in {self.log}") from None
         if line is None:
-            raise Failed(self.last_words(f"it ended with status {self.process.wait(STOP_SECONDS)}"))
+            raise Failed(self.ending())
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def last_words(self, what: str) -> str:
-        """Why it may have ended, from its log."""
+    def ending(self) -> str:
+        """How it ended, and why by its log."""
+        status = self.process.wait(STOP_SECONDS)
+        how = f"status {status}" if status >= 0 else f"signal {-status}"
+        hint = " (was memory short? the kernel's log says whom it killed)" if status == -signal.SIGKILL else ""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return f"{what}: " + " | ".join(lines[-LAST_WORDS:])[-700:]
+        return f"it ended with {how}{hint}: " + " | ".join(lines[-LAST_WORDS:])[-700:]
 
     def members(self) -> set[int]:
         """It, what descends from it, and what was orphaned in its process group."""
