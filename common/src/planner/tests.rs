@@ -107,22 +107,22 @@ fn a_job_that_cannot_fit_is_refused_with_its_parts_and_with_what_would() {
     // What is offered is enough alone; where nothing is, all of it together.
     let model = small();
     let tight = Workload { precision: Precision::F32, reference: true, ..work(&model) };
-    let refusal = plan(&tight, &cpu(6, 2)).unwrap_err();
-    assert_eq!(refusal.memory_bytes, 6 * GIB);
+    let refusal = plan(&tight, &cpu(8, 2)).unwrap_err();
+    assert_eq!(refusal.memory_bytes, 8 * GIB);
     assert!(refusal.rank.total_bytes > refusal.budget_bytes);
     assert!(
         refusal.changes.iter().any(|change| change == "trainer.n_gpus_per_node=1 instead of 2"),
         "{refusal}"
     );
-    assert!(plan(&tight, &cpu(6, 1)).is_ok(), "what is offered fits");
-    let refusal = plan(&tight, &cpu(5, 2)).unwrap_err();
+    assert!(plan(&tight, &cpu(8, 1)).is_ok(), "what is offered fits");
+    let refusal = plan(&tight, &cpu(6, 2)).unwrap_err();
     assert_eq!(refusal.changes.len(), 1, "{refusal}");
     let all = &refusal.changes[0];
     for change in ["together", "dtype=bfloat16", "use_kl_loss=False", "n_gpus_per_node=1"] {
         assert!(all.contains(change), "{change}: {all}");
     }
     let smaller = Workload { precision: Precision::Bf16, reference: false, ..tight };
-    assert!(plan(&smaller, &cpu(5, 1)).is_ok(), "what is offered fits");
+    assert!(plan(&smaller, &cpu(6, 1)).is_ok(), "what is offered fits");
 }
 
 #[test]
