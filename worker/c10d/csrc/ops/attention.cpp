@@ -260,10 +260,13 @@ at::Tensor plain_paged_attention(const at::Tensor& qkv, const Paged& paged, cons
   };
   cache.select(2, 0).index_put_({pages, Slice(), offsets}, part(heads.queries));
   cache.select(2, 1).index_put_({pages, Slice(), offsets}, part(heads.queries + heads.keys));
-  // [s, most pages] → [s, keys, tokens, dim]. Places that a chain does not need may hold anything.
+  // Places that a chain does not need may hold anything. It reads its own first page there, masked: a NaN of another
+  // chain would pass through the mask.
+  const at::Tensor ahead = at::arange(paged.table.size(1), at::kLong) * kBlock;
+  const at::Tensor own = at::where(ahead.lt(paged.lengths.unsqueeze(1)), paged.table, paged.table.narrow(1, 0, 1));
+  // [s, most pages] → [s, keys, tokens, dim]
   const auto read = [&](const at::Tensor& table, int64_t which) {
-    const at::Tensor inside = table.clamp(0, cache.size(0) - 1).to(qkv.device());
-    const at::Tensor picked = cache.select(2, which).index({inside});
+    const at::Tensor picked = cache.select(2, which).index({table.to(qkv.device())});
     return picked.transpose(1, 2).reshape({table.size(0), heads.keys, table.size(1) * kBlock, dim});
   };
   const auto mask = [&](const at::Tensor& last) {
@@ -273,14 +276,14 @@ at::Tensor plain_paged_attention(const at::Tensor& qkv, const Paged& paged, cons
   if (decode) {
     const at::Tensor q = qkv.narrow(1, 0, heads.queries * dim).reshape({sequences, heads.queries, 1, dim});
     const at::Tensor seen = mask(paged.lengths.to(qkv.device()) - 1).view({sequences, 1, 1, -1});
-    return at::scaled_dot_product_attention(q, read(paged.table, 0), read(paged.table, 1), seen, 0.0, false,
+    return at::scaled_dot_product_attention(q, read(own, 0), read(own, 1), seen, 0.0, false,
                                             std::nullopt, heads.group() > 1)
         .reshape({sequences, heads.queries * dim});
   }
   std::vector<at::Tensor> mixed;
   for (int64_t s = 0; s < sequences; s++) {
     const int64_t count = start[s + 1] - start[s];
-    const at::Tensor table = paged.table.narrow(0, s, 1);
+    const at::Tensor table = own.narrow(0, s, 1);
     const at::Tensor q = heads_of(qkv.narrow(0, start[s], count), 0, heads.queries, dim);
     const at::Tensor seen =
         mask(at::arange(length[s] - count, length[s], at::kLong).to(qkv.device())).view({1, 1, count, -1});

@@ -4,7 +4,7 @@ use agentfly_c10d::ops::{self, Heads, attention};
 use tch::{Kind, Tensor};
 
 use crate::batch::{Chain, through_cache};
-use crate::util::{KINDS, Numbers, assert_true, leaf, starts};
+use crate::util::{KINDS, Numbers, assert_true, has_kernels, leaf, starts};
 
 pub(crate) const fn heads(queries: i64, keys: i64, dim: i64) -> Heads {
     Heads { queries, keys, dim }
@@ -33,16 +33,19 @@ const CASES: [(Heads, &[i64]); 16] = [
 /// The same by libtorch's operator, a sequence at a time.
 fn plain(qkv: &Tensor, lengths: &[i64], h: Heads) -> Tensor {
     let mut first = 0;
+    // Where there is no kernel, libtorch shares the keys of a group, and sums their gradients in bf16.
+    let shared = qkv.kind() != Kind::Double && !has_kernels(qkv.kind());
     let mixed = lengths.iter().map(|&length| {
         let rows = qkv.narrow(0, first, length);
         first += length;
         let part = |from: i64, count: i64| {
             let part = rows.narrow(1, from * h.dim, count * h.dim).reshape([length, count, h.dim]);
-            part.transpose(0, 1).repeat_interleave_self_int(h.queries / count, 0, None).unsqueeze(0)
+            let copies = if shared { 1 } else { h.queries / count };
+            part.transpose(0, 1).repeat_interleave_self_int(copies, 0, None).unsqueeze(0)
         };
         let (q, k, v) = (part(0, h.queries), part(h.queries, h.keys), part(h.queries + h.keys, h.keys));
         let none: Option<Tensor> = None;
-        let y = Tensor::scaled_dot_product_attention(&q, &k, &v, none, 0.0, true, None, false);
+        let y = Tensor::scaled_dot_product_attention(&q, &k, &v, none, 0.0, true, None, shared);
         y.squeeze_dim(0).transpose(0, 1).reshape([length, h.queries * h.dim])
     });
     Tensor::cat(&mixed.collect::<Vec<_>>(), 0)

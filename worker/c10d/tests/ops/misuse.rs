@@ -271,7 +271,7 @@ fn the_cache_must_fit_the_rows() {
         ] {
             refused(what, paged_attention(&qkv, &pages, layer, &good(), HEADS));
         }
-        refused("other heads", paged_attention(&qkv, &pages, 0, &good(), heads(4, 2, 1)));
+        refused("other heads", paged_attention(&qkv, &pages, 0, &good(), heads(6, 1, 1)));
         for dim in [0, -1, i64::MAX] {
             refused("a head of no size", page_numbers(&qkv, dim));
         }
