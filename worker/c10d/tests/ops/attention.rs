@@ -4,7 +4,7 @@ use agentfly_c10d::ops::{self, Heads, attention};
 use tch::{Kind, Tensor};
 
 use crate::batch::{Chain, through_cache};
-use crate::util::{KINDS, Numbers, assert_true, has_kernels, leaf, starts};
+use crate::util::{KINDS, Numbers, assert_true, has_kernels, leaf, starts, zeros};
 
 pub(crate) const fn heads(queries: i64, keys: i64, dim: i64) -> Heads {
     Heads { queries, keys, dim }
@@ -63,6 +63,10 @@ fn both_ways(f: impl Fn(&Tensor) -> Tensor, qkv: &Tensor, g: &Tensor, h: Heads) 
 #[test]
 fn packed_sequences_attend_each_to_itself_and_back() {
     for kind in KINDS {
+        if !ops::has_kernels(&zeros(&[1], kind)) {
+            eprintln!("{kind:?}: no kernel on this processor, and libtorch's own attention promises less");
+            continue;
+        }
         for (h, lengths) in CASES {
             let rows: i64 = lengths.iter().sum();
             let mut numbers = Numbers::new((rows * h.dim) as u64);

@@ -126,6 +126,10 @@ fn norm_rope_and_swiglu_of_nan_are_nan() {
 fn attention_of_nan_is_nan_from_there_on() {
     let h = heads(2, 1, 16);
     for kind in KINDS {
+        if !ops::has_kernels(&zeros(&[1], kind)) {
+            eprintln!("{kind:?}: no kernel on this processor, and libtorch's own attention promises less");
+            continue;
+        }
         let mut numbers = Numbers::new(3);
         let qkv = numbers.tensor(&[140, h.row()], kind);
         for evil in evils(kind) {
