@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Compiles and links the worker for CUDA, on a machine without a GPU: `make check-cuda`. The result is not run. The
+# coordinator links no libtorch and is the same program with and without CUDA.
+#
+#   deploy/scripts/check_cuda.sh                 always
+#   deploy/scripts/check_cuda.sh --if-changed    only if something it is built from differs from what passed last
+#
+# What passed is a hash in .ci/cuda-checked, to be committed with the change that it belongs to.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+stamp=.ci/cuda-checked
+say() { echo "check-cuda: $*" >&2; }
+
+# Everything the build reads, tracked or new; a file's name counts as its content does.
+inputs() {
+    git ls-files -co --exclude-standard -z -- worker common proto Cargo.toml Cargo.lock rust-toolchain.toml .cargo \
+        deploy/default.toml deploy/scripts/check_cuda.sh deploy/scripts/fetch_libtorch_cuda.sh \
+        | LC_ALL=C sort -zu | while IFS= read -r -d '' file; do if [ -f "$file" ]; then sha256sum -- "$file"; fi; done
+}
+hash=$(inputs | sha256sum | cut -d' ' -f1)
+
+if [ "${1:-}" = --if-changed ] && [ "$(cat "$stamp" 2>/dev/null || true)" = "$hash" ]; then
+    say "nothing it builds has changed since it was compiled and linked (${hash:0:12}); not run"
+    exit 0
+fi
+
+deploy/scripts/fetch_libtorch_cuda.sh
+cuda=$PWD/third_party/libtorch-cuda
+say "compiling and linking the worker with CUDA …"
+# A folder of its own, so that nothing of the ordinary build is made again; no debug information, which is not run.
+env -u LIBTORCH_INCLUDE LIBTORCH="$cuda" AGENTFLY_CUDA_INCLUDE="$cuda/cuda-include" \
+    CARGO_TARGET_DIR=target/cuda CARGO_PROFILE_DEV_DEBUG=0 CARGO_INCREMENTAL=0 \
+    cargo build --locked --features agentfly-worker/nccl -p agentfly-worker
+
+program=target/cuda/debug/worker
+needed=$(readelf --dynamic "$program" | grep NEEDED)
+for library in libtorch_cuda.so libc10_cuda.so; do
+    if ! grep -q "\[$library\]" <<<"$needed"; then
+        say "error: $program is not linked to $library: the CUDA parts were left out"
+        exit 1
+    fi
+done
+echo "$hash" > "$stamp"
+say "compiled and linked; commit $stamp with what has changed"
