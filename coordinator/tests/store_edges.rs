@@ -28,7 +28,7 @@ fn part(step: u64) -> CoordinatorPart {
 
 fn written(checkpoints: &Checkpoints, step: u64) -> std::path::PathBuf {
     fs::write(checkpoints.begin(step).unwrap().join("model.safetensors"), [7; 1234]).unwrap();
-    checkpoints.commit(&part(step)).unwrap()
+    checkpoints.commit(&part(step), &[]).unwrap()
 }
 
 #[test]

@@ -61,7 +61,8 @@ const PICTURES: &str = "questions are text here";
 const ENGINE: &str =
     "the rollout engine is this project's own and shares memory and weights with the learner";
 const LOG_PROBS: &str = "log-probs are computed in the actor's micro-batches";
-const PLACEMENT: &str = "weights stay on their device: ranks hold whole models";
+const PLACEMENT: &str =
+    "weights stay on their device: ranks hold whole models, and share the optimizer's state (fsdp_size)";
 const KERNELS: &str = "it selects kernels or memory use of another implementation";
 const NO_CRITIC: &str = "no critic is trained: the advantage estimators here need none";
 const AGENT_DECIDES: &str = "agent.* decides how chains run";
@@ -174,7 +175,11 @@ pub(crate) const RULES: &[Rule] = &[
         "actor_rollout_ref.actor.{use_torch_compile,entropy_from_logits_with_chunking,entropy_checkpointing,freeze_vision_tower}",
         KERNELS,
     ),
-    any("actor_rollout_ref.actor.fsdp_config.*", PLACEMENT),
+    any(
+        "actor_rollout_ref.actor.fsdp_config.{param_offload,optimizer_offload,offload_policy,reshard_after_forward,forward_prefetch,model_dtype,dtype,mixed_precision,use_orig_params,forward_only,full_determinism,seed,strategy,use_torch_compile,entropy_checkpointing,entropy_from_logits_with_chunking,ulysses_sequence_parallel_size}",
+        PLACEMENT,
+    ),
+    any("actor_rollout_ref.actor.fsdp_config.wrap_policy.*", PLACEMENT),
     any(
         "actor_rollout_ref.actor.checkpoint.*",
         "a checkpoint holds model, optimizer, schedule, seeds and data cursor, the model in Hugging Face layout",

@@ -11,7 +11,7 @@ use super::Config;
 
 /// Keys, or groups of keys, that may differ: how long and how often, what is validated and how, where things lie,
 /// and how fast it goes.
-const FREE: [&str; 35] = [
+const FREE: [&str; 38] = [
     "data.val_files",
     "data.val_max_samples",
     "actor_rollout_ref.rollout.val_kwargs",
@@ -26,6 +26,8 @@ const FREE: [&str; 35] = [
     "trainer.val_only",
     "trainer.logger",
     "trainer.max_actor_ckpt_to_keep",
+    "trainer.trace_freq",
+    "trainer.max_traces_to_keep",
     "trainer.resume_mode",
     "trainer.resume_from_path",
     "trainer.run_dir",
@@ -43,6 +45,7 @@ const FREE: [&str; 35] = [
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
     "actor_rollout_ref.actor.use_dynamic_bsz",
+    "actor_rollout_ref.actor.fsdp_config",
     "actor_rollout_ref.rollout.max_num_seqs",
     "agent.max_concurrent_chains",
     // The model that is trained under another name: `actor_rollout_ref.model.path` counts.

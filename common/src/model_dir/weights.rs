@@ -38,7 +38,7 @@ pub struct StoredTensor {
     pub path: PathBuf,
     /// How its numbers are stored, little-endian and row-major.
     pub dtype: StoredDtype,
-    /// The shape the configuration asks for.
+    /// Its shape.
     pub shape: Vec<i64>,
     /// Its first byte, from the start of the file.
     pub offset: u64,
@@ -80,6 +80,20 @@ impl Found {
         let offset = self.data_start + start as u64;
         Ok(StoredTensor { name, path: self.path, dtype, shape: expected, offset, bytes: end - start })
     }
+}
+
+/// Every tensor of one safetensors file, sorted by name; only the header is read.
+///
+/// # Errors
+/// When the file is absent, cut short or damaged, or a tensor is of a dtype that is not known here.
+pub fn stored_tensors(path: &Path) -> Result<Vec<StoredTensor>, ModelDirError> {
+    let mut found = BTreeMap::new();
+    read_header(path, &mut found)?;
+    let stored = |(name, entry): (String, Found)| {
+        let shape = entry.shape();
+        entry.stored(name, shape)
+    };
+    found.into_iter().map(stored).collect()
 }
 
 /// Every parameter of `config`, in its order, and the head where it is tied and stored all the same.

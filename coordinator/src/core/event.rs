@@ -124,8 +124,8 @@ pub enum Event {
         weights_hash: String,
         metrics: BTreeMap<String, f64>,
     },
-    /// Rank 0 wrote the files of a checkpoint.
-    CheckpointWritten { rank: RankId, step: u64 },
+    /// A rank wrote its files of a checkpoint, by their paths within the folder.
+    CheckpointWritten { rank: RankId, step: u64, files: Vec<String> },
     /// The shell committed a checkpoint (manifest written, renamed), or could not.
     CheckpointCommitted { job: JobId, step: u64, result: Result<std::path::PathBuf, CoreFault> },
     /// The shell can no longer keep what a job makes: its recorder has died.
@@ -170,8 +170,8 @@ pub enum Decision {
     StepFinished { job: JobId, step: u64, metrics: BTreeMap<String, f64> },
     /// A validation ended.
     ValidationFinished { job: JobId, step: u64, metrics: BTreeMap<String, f64> },
-    /// All ranks that write have written `step`'s files: write the coordinator's part and commit.
-    CommitCheckpoint { job: JobId, point: CheckpointPoint },
+    /// All ranks have written their files, by rank: write the coordinator's part and commit.
+    CommitCheckpoint { job: JobId, point: CheckpointPoint, files: Vec<Vec<String>> },
     /// A line for the job's log.
     Log { job: JobId, level: Level, text: String },
     /// The job is over; no rank of it runs any more.

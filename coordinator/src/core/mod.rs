@@ -185,9 +185,9 @@ impl State {
                     job.train_done(index, step, (policy_version, weights_hash), metrics, desk);
                 });
             }
-            Event::CheckpointWritten { rank, step } => {
+            Event::CheckpointWritten { rank, step, files } => {
                 self.with_rank(&rank, "a checkpoint", out, |job, index, desk| {
-                    job.checkpoint_written(index, step, desk);
+                    job.checkpoint_written(index, step, files, desk);
                 });
             }
             Event::RankFailed { rank, fault } => {

@@ -13,10 +13,16 @@ use crate::core::event::{
 use crate::journal::{JournalError, state_name};
 use crate::recorder::{Record, Recorded};
 use crate::sinks::LineKind;
+use crate::store::trace::TracePhase;
 
 impl Scheduler {
-    /// Carries out one decision; returns the facts that arise from it at once.
-    pub(super) async fn carry_out(&mut self, decision: Decision) -> Result<Option<Event>, JournalError> {
+    /// Carries out one decision on a fact that came at `at_micros` since 1970; returns the facts that arise from it at
+    /// once.
+    pub(super) async fn carry_out(
+        &mut self,
+        decision: Decision,
+        at_micros: u64,
+    ) -> Result<Option<Event>, JournalError> {
         match decision {
             Decision::StartRank { node, rank, device, threads, ranks_on_node } => {
                 self.start_rank(&node, &rank, device, (threads, ranks_on_node))
@@ -26,9 +32,16 @@ impl Scheduler {
                 self.command_node(&node, pb::node_command::Kind::StopRanks(stop));
             }
             Decision::Command { rank, command } => return Ok(self.command(rank, command)),
-            Decision::State { job, state, detail } => self.state_changed(&job, state, detail)?,
+            Decision::State { job, state, detail } => {
+                if state == JobState::Starting {
+                    self.phase(&job, TracePhase { name: "start", step: 0 }, at_micros).await;
+                }
+                self.state_changed(&job, state, detail)?;
+            }
             Decision::Progress { job, phase, step, done, total } => {
-                let phase = wire::phase_name(phase).to_owned();
+                let name = wire::phase_name(phase);
+                self.phase(&job, TracePhase { name, step }, at_micros).await;
+                let phase = name.to_owned();
                 self.parts.feeds.progress(&job, pb::Progress { phase, step, done, total });
             }
             Decision::KeepTrajectories { job, purpose, step, rows } => {
@@ -44,11 +57,20 @@ impl Scheduler {
             Decision::ValidationFinished { job, step, metrics } => {
                 self.finished(&job, LineKind::Validation, step, metrics).await?;
             }
-            Decision::CommitCheckpoint { job, point } => return Ok(self.commit(job, point).await),
+            Decision::CommitCheckpoint { job, point, files } => {
+                return Ok(self.commit(job, point, files).await);
+            }
             Decision::Log { job, level, text } => self.log(&job, wire::level_name(level), text)?,
             Decision::Ended { job, end } => self.end(&job, end).await?,
         }
         Ok(None)
+    }
+
+    /// Tells the job's trace of a phase, if it is another than the last one.
+    async fn phase(&mut self, job: &str, phase: TracePhase, at_micros: u64) {
+        if self.jobs.get_mut(job).is_some_and(|open| open.enters(&phase)) {
+            self.record(job, Record::Phase(phase, at_micros)).await;
+        }
     }
 
     fn start_rank(
@@ -92,7 +114,7 @@ impl Scheduler {
 
     /// Sends a command to a rank. A command that cannot be made is that rank's failure.
     fn command(&mut self, rank: RankId, command: RankCommand) -> Option<Event> {
-        let job = self.jobs.get(&rank.job)?;
+        let job = self.jobs.get_mut(&rank.job)?;
         let kind = match job.command(command) {
             Ok(kind) => kind,
             Err(fault) => return Some(Event::RankFailed { rank, fault }),
@@ -116,9 +138,14 @@ impl Scheduler {
         self.publish(job, Kind::State(pb::StateChanged { state: state_name(state).to_owned(), detail }))
     }
 
-    async fn commit(&mut self, job: String, point: CheckpointPoint) -> Option<Event> {
+    async fn commit(
+        &mut self,
+        job: String,
+        point: CheckpointPoint,
+        files: Vec<Vec<String>>,
+    ) -> Option<Event> {
         let step = point.step;
-        if self.record(&job, Record::Commit(point)).await {
+        if self.record(&job, Record::Commit(point, files)).await {
             return None;
         }
         let whose = agentfly_common::error::Whose::Us;
@@ -149,7 +176,7 @@ impl Scheduler {
     }
 
     /// Hands a record to the job's recorder; false when there is none.
-    async fn record(&mut self, job: &str, record: Record) -> bool {
+    pub(super) async fn record(&mut self, job: &str, record: Record) -> bool {
         match self.jobs.get(job) {
             Some(open) => open.records.send(record).await.is_ok(),
             None => false,

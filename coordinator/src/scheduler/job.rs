@@ -12,6 +12,7 @@ use crate::core::event::{CoreFault, JobEnd, JobState, Moment, RankCommand};
 use crate::recorder::{Answers, RECORDS, Record, Recorder, checkpoint_fault};
 use crate::store::StoreError;
 use crate::store::checkpoints::Checkpoints;
+use crate::store::trace::TracePhase;
 use crate::submission::{Questions, Submission};
 
 /// An open job.
@@ -25,6 +26,10 @@ pub(super) struct OpenJob {
     state: JobState,
     /// When it left the queue.
     started: Option<Moment>,
+    /// What it is in the middle of.
+    phase: Option<TracePhase>,
+    /// The step whose checkpoint folder was made last.
+    begun: Option<u64>,
     /// Chains that arrived and are not yet kept, to tell a worker that sends one twice.
     arrived: HashSet<(u64, ChainKey)>,
     /// How it ended, while its recorder puts the rest on disk.
@@ -59,6 +64,8 @@ impl OpenJob {
             logs,
             state: JobState::Queued,
             started: None,
+            phase: None,
+            begun: None,
             arrived: HashSet::new(),
             end: None,
         })
@@ -73,6 +80,11 @@ impl OpenJob {
         if state != JobState::Queued {
             self.started.get_or_insert(now);
         }
+    }
+
+    /// Whether `phase` is another than the one it is in; from now on it is in that.
+    pub(super) fn enters(&mut self, phase: &TracePhase) -> bool {
+        self.phase.replace(phase.clone()).as_ref() != Some(phase)
     }
 
     /// Whether its recorder is no longer there: it takes nothing, and will answer nothing.
@@ -100,15 +112,27 @@ impl OpenJob {
     }
 
     /// A command with the configuration, rows and folders it needs.
-    pub(super) fn command(&self, command: RankCommand) -> Result<pb::rank_command::Kind, CoreFault> {
-        let begin = |step| {
-            self.checkpoints.begin(step).map_err(|error| checkpoint_fault(error, self.checkpoints.dir()))
+    pub(super) fn command(&mut self, command: RankCommand) -> Result<pb::rank_command::Kind, CoreFault> {
+        let folder = match command {
+            RankCommand::WriteCheckpoint { step } => self.checkpoint_folder(step)?,
+            _ => std::path::PathBuf::new(),
         };
         let with = wire::Attachments {
             config_json: &self.config_json,
             row: &|purpose, row| self.questions.row(purpose, row),
-            checkpoint_dir: &begin,
+            checkpoint_dir: &folder,
         };
         wire::command_to(command, &with)
+    }
+
+    /// The folder that all ranks write `step` into; made for the first of them.
+    fn checkpoint_folder(&mut self, step: u64) -> Result<std::path::PathBuf, CoreFault> {
+        if self.begun == Some(step) {
+            return Ok(self.checkpoints.beside(step));
+        }
+        let begun =
+            self.checkpoints.begin(step).map_err(|error| checkpoint_fault(error, self.checkpoints.dir()))?;
+        self.begun = Some(step);
+        Ok(begun)
     }
 }

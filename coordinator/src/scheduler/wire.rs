@@ -127,13 +127,13 @@ pub struct Attachments<'a> {
     /// `(id, row as JSON)` of a row of the command's data set.
     pub row: &'a dyn Fn(agentfly_common::ids::Purpose, usize) -> Option<(String, String)>,
     /// Where a checkpoint is to be written.
-    pub checkpoint_dir: &'a dyn Fn(u64) -> Result<std::path::PathBuf, CoreFault>,
+    pub checkpoint_dir: &'a std::path::Path,
 }
 
 /// A command to a rank, with what the shell attaches.
 ///
 /// # Errors
-/// When a row does not exist or a checkpoint folder cannot be made.
+/// When a row does not exist.
 pub fn command_to(command: RankCommand, with: &Attachments<'_>) -> Result<Kind, CoreFault> {
     Ok(match command {
         RankCommand::Prepare { world_size, seed, resume, policy_version, total_steps } => {
@@ -173,7 +173,7 @@ pub fn command_to(command: RankCommand, with: &Attachments<'_>) -> Result<Kind, 
             Kind::RunTrain(pb::RunTrain { step, policy_version: policy_version.0 })
         }
         RankCommand::WriteCheckpoint { step } => {
-            let dir = (with.checkpoint_dir)(step)?.to_string_lossy().into_owned();
+            let dir = with.checkpoint_dir.to_string_lossy().into_owned();
             Kind::WriteCheckpoint(pb::WriteCheckpoint { step, dir })
         }
         RankCommand::Stop { why } => Kind::Stop(pb::Stop { why }),

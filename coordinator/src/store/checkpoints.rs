@@ -1,4 +1,4 @@
-//! Checkpoints: begun in `global_step_N.tmp`, filled by rank 0, committed by a rename.
+//! Checkpoints: begun in `global_step_N.tmp`, filled by the ranks, committed by a rename.
 //!
 //! Commit order: `coordinator.json` (where training stands), then `manifest.json` (SHA-256 and size of every
 //! other file), sync, rename, then `latest_checkpointed_iteration.txt` (verl's tracker file).
@@ -84,8 +84,24 @@ pub enum CheckpointError {
         /// What should be.
         expected: String,
     },
-    /// The rank wrote nothing.
-    #[error("checkpoint of step {step}: the rank wrote no file into {}; please report this", dir.display())]
+    /// A rank's file is not where it was told to write it.
+    #[error(
+        "checkpoint of step {step}: rank {rank} wrote {file}, but it is not in {} as this machine sees it; the run \
+         folder must lie on a file system that all machines share: set trainer.default_local_dir to one",
+        dir.display()
+    )]
+    Elsewhere {
+        /// The checkpoint's step.
+        step: u64,
+        /// Who wrote it.
+        rank: usize,
+        /// The file.
+        file: String,
+        /// Where it should be.
+        dir: PathBuf,
+    },
+    /// The ranks wrote nothing.
+    #[error("checkpoint of step {step}: the ranks wrote no file into {}; please report this", dir.display())]
     Empty {
         /// Its step.
         step: u64,
@@ -132,7 +148,9 @@ impl Checkpoints {
         self.dir.join(format!("{PREFIX}{step}"))
     }
 
-    fn beside(&self, step: u64) -> PathBuf {
+    /// Where the checkpoint of `step` is written before it is committed.
+    #[must_use]
+    pub fn beside(&self, step: u64) -> PathBuf {
         self.dir.join(format!("{PREFIX}{step}.tmp"))
     }
 
@@ -149,14 +167,25 @@ impl Checkpoints {
         Ok(path)
     }
 
-    /// Completes a checkpoint that the ranks have written: adds our part and the manifest, syncs, renames,
-    /// and removes the oldest beyond `max_actor_ckpt_to_keep`.
+    /// Completes a checkpoint that the ranks have written, each the files it names: adds our part and the manifest,
+    /// syncs, renames, and removes the oldest beyond `max_actor_ckpt_to_keep`.
     ///
     /// # Errors
-    /// When a file cannot be read or written, or the ranks wrote none. Nothing that was committed is lost.
-    pub fn commit(&self, part: &CoordinatorPart) -> Result<PathBuf, CheckpointError> {
+    /// When a file cannot be read or written, one that a rank names is not there, or the ranks wrote none. Nothing
+    /// that was committed is lost.
+    pub fn commit(
+        &self,
+        part: &CoordinatorPart,
+        written: &[Vec<String>],
+    ) -> Result<PathBuf, CheckpointError> {
         let (step, from) = (part.point.step, self.beside(part.point.step));
-        if !from.is_dir() || files_below(&from)?.is_empty() {
+        let there = if from.is_dir() { files_below(&from)? } else { Vec::new() };
+        for (rank, files) in written.iter().enumerate() {
+            if let Some(file) = files.iter().find(|file| !there.iter().any(|path| path == Path::new(file))) {
+                return Err(CheckpointError::Elsewhere { step, rank, file: file.clone(), dir: from });
+            }
+        }
+        if there.is_empty() {
             return Err(CheckpointError::Empty { step, dir: from });
         }
         write_json(&from.join(COORDINATOR), part)?;
@@ -394,7 +423,8 @@ mod tests {
         fs::create_dir_all(dir.join("actor/huggingface")).unwrap();
         fs::write(dir.join("actor/huggingface/model.safetensors"), [7; 1000]).unwrap();
         fs::write(dir.join("optimizer.safetensors"), [8; 500]).unwrap();
-        checkpoints.commit(&part(step)).unwrap()
+        let files = ["actor/huggingface/model.safetensors", "optimizer.safetensors"];
+        checkpoints.commit(&part(step), &files.map(|file| vec![file.to_owned()])).unwrap()
     }
 
     #[test]
@@ -483,6 +513,19 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::open(root.path(), None).unwrap();
         checkpoints.begin(3).unwrap();
-        assert!(matches!(checkpoints.commit(&part(3)).unwrap_err(), CheckpointError::Empty { step: 3, .. }));
+        let nothing = checkpoints.commit(&part(3), &[Vec::new(), Vec::new()]).unwrap_err();
+        assert!(matches!(nothing, CheckpointError::Empty { step: 3, .. }));
+    }
+
+    #[test]
+    fn a_file_that_a_rank_wrote_on_a_disk_of_its_own_is_missed_before_anything_is_committed() {
+        let root = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::open(root.path(), None).unwrap();
+        let dir = checkpoints.begin(4).unwrap();
+        fs::write(dir.join("one"), "x").unwrap();
+        let files = [vec!["one".to_owned()], vec!["two".to_owned()]];
+        let error = checkpoints.commit(&part(4), &files).unwrap_err().to_string();
+        assert!(error.contains("rank 1 wrote two, but it is not in"), "{error}");
+        assert!(checkpoints.steps().unwrap().is_empty());
     }
 }

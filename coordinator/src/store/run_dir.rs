@@ -321,7 +321,7 @@ mod tests {
         };
         let config = serde_json::to_value(config).unwrap();
         let metrics_bytes = fs::metadata(opened.run_dir.metrics()).unwrap().len();
-        opened.run_dir.checkpoints().commit(&CoordinatorPart { point, metrics_bytes, config }).unwrap();
+        opened.run_dir.checkpoints().commit(&CoordinatorPart { point, metrics_bytes, config }, &[]).unwrap();
     }
 
     #[test]

@@ -57,6 +57,7 @@ impl FakeRank {
                     assert_eq!(run.policy_version, version);
                     let shard_id = run.shard_id;
                     self.generate(run).await;
+                    say(rank_message::Kind::Spans(spans("rollout"))).await;
                     let metrics = [("engine/tokens".to_owned(), 3.0)].into();
                     say(rank_message::Kind::RolloutDone(pb::RolloutDone { shard_id, metrics })).await;
                 }
@@ -65,6 +66,7 @@ impl FakeRank {
                     let shard = self.fetch(run.step).await;
                     assert_eq!((shard.step, shard.policy_version), (run.step, PolicyVersion(version)));
                     version += 1;
+                    say(rank_message::Kind::Spans(spans("train"))).await;
                     let metrics = [("actor/grad_norm".to_owned(), 1.5)].into();
                     let done = pb::TrainDone {
                         step: run.step,
@@ -75,10 +77,10 @@ impl FakeRank {
                     say(rank_message::Kind::TrainDone(done)).await;
                 }
                 rank_command::Kind::WriteCheckpoint(write) => {
-                    let file = std::path::Path::new(&write.dir).join("model.safetensors");
-                    std::fs::write(file, hash(version)).unwrap();
-                    say(rank_message::Kind::CheckpointWritten(pb::CheckpointWritten { step: write.step }))
-                        .await;
+                    let file = format!("optimizer-{}.safetensors", self.id.rank);
+                    std::fs::write(std::path::Path::new(&write.dir).join(&file), hash(version)).unwrap();
+                    let written = pb::CheckpointWritten { step: write.step, files: vec![file] };
+                    say(rank_message::Kind::CheckpointWritten(written)).await;
                 }
                 rank_command::Kind::Stop(_) => return,
             }
@@ -132,6 +134,19 @@ impl FakeRank {
         }
         pb::TrainShard::decode(encoded.as_slice()).unwrap().try_into().unwrap()
     }
+}
+
+/// One millisecond of work that ends now, told by a clock that is an hour behind.
+fn spans(name: &str) -> pb::Spans {
+    let sent_micros = agentfly_common::wire::unix_micros() - 3_600_000_000;
+    let span = pb::Span {
+        name: name.to_owned(),
+        lane: "rank".to_owned(),
+        start_micros: sent_micros - 1000,
+        micros: 1000,
+        ..pb::Span::default()
+    };
+    pb::Spans { spans: vec![span], dropped: 0, sent_micros }
 }
 
 fn hash(version: u64) -> String {

@@ -192,17 +192,22 @@ fn two_ranks_save() -> (World, [RankId; 2]) {
 }
 
 #[test]
-fn only_rank_zeros_files_of_this_step_are_committed_and_once() {
+fn a_checkpoint_is_committed_once_and_when_every_rank_has_written_its_files_of_this_step() {
     let (mut world, [zero, one]) = two_ranks_save();
-    let written = |rank: &RankId, step| Event::CheckpointWritten { rank: rank.clone(), step };
+    let written = |rank: &RankId, step| {
+        let files = vec![format!("of-{}", rank.rank)];
+        Event::CheckpointWritten { rank: rank.clone(), step, files }
+    };
     let committed =
         |step| Event::CheckpointCommitted { job: "job-1".to_owned(), step, result: Ok("there".into()) };
     assert_eq!(said(&mut world, committed(1)), "", "nothing is written yet");
+    assert_eq!(said(&mut world, written(&one, 1)), "job-1 Checkpoint of step 1: 1/2");
+    assert_eq!(said(&mut world, committed(1)), "", "rank 0 has not written");
     for (rank, step) in [(&one, 1), (&zero, 0), (&zero, 2)] {
         let told = said(&mut world, written(rank, step));
         assert!(told.contains("ignored the checkpoint of step") && !told.contains("commit"), "{told}");
     }
-    assert_eq!(said(&mut world, written(&zero, 1)), "job-1 commit step 1 policy 1 trained");
+    assert_eq!(said(&mut world, written(&zero, 1)), "job-1 commit step 1 policy 1 trained: of-0 of-1");
     assert!(said(&mut world, written(&zero, 1)).contains("ignored the checkpoint of step 1"));
     assert_eq!(said(&mut world, committed(2)), "");
     assert!(said(&mut world, committed(1)).contains("<- rollout shard=3 step=2"));
@@ -212,7 +217,9 @@ fn only_rank_zeros_files_of_this_step_are_committed_and_once() {
 fn writing_and_committing_a_checkpoint_have_a_limit_each() {
     let (mut world, ranks) = two_ranks_save();
     pass(&mut world, 60, &ranks);
-    world.apply(Event::CheckpointWritten { rank: ranks[0].clone(), step: 1 });
+    for rank in &ranks {
+        world.apply(Event::CheckpointWritten { rank: rank.clone(), step: 1, files: Vec::new() });
+    }
     pass(&mut world, 60, &ranks);
     assert_eq!(detail(&world), "step 1 of 3: writing a checkpoint");
     pass(&mut world, 1, &ranks);
@@ -223,9 +230,11 @@ fn writing_and_committing_a_checkpoint_have_a_limit_each() {
     );
 
     let (mut world, ranks) = two_ranks_save();
+    world.apply(Event::CheckpointWritten { rank: ranks[0].clone(), step: 1, files: Vec::new() });
     pass(&mut world, 61, &ranks);
     let told = detail(&world);
-    assert!(told.contains("waiting for rank 0 to write the checkpoint"), "{told}");
+    assert!(told.contains("waiting for rank 1 to write its part of the checkpoint"), "{told}");
+    assert!(!told.contains("rank 0"), "{told}");
 }
 
 #[test]

@@ -29,8 +29,10 @@ pub(crate) fn line(decision: &Decision) -> String {
             let accuracy = metrics["val-core/exam/acc/mean@1"];
             format!("{job} validated step {step}: val-core/exam/acc/mean@1={accuracy}")
         }
-        Decision::CommitCheckpoint { job, point } => {
-            format!("{job} commit step {} policy {} {}", point.step, point.policy_version, point.weights_hash)
+        Decision::CommitCheckpoint { job, point, files } => {
+            let files = joined(files.iter().flatten().cloned());
+            let (step, policy, hash) = (point.step, point.policy_version, &point.weights_hash);
+            format!("{job} commit step {step} policy {policy} {hash}: {files}")
         }
         Decision::Log { job, level, text } => format!("{job} {level:?}: {text}"),
         Decision::Ended { job, end } => {

@@ -279,7 +279,7 @@ impl World {
                 }
             }
             Decision::Command { rank, command } => self.obey(rank, command),
-            Decision::CommitCheckpoint { job, point } => {
+            Decision::CommitCheckpoint { job, point, .. } => {
                 let fault = CoreFault {
                     whose: agentfly_common::error::Whose::Operator,
                     message: "no space left on the disk".to_owned(),
@@ -315,7 +315,8 @@ impl World {
             }
             RankCommand::RunTrain { step, policy_version } => self.run_train(rank, step, policy_version),
             RankCommand::WriteCheckpoint { step } => {
-                self.answer(&rank.clone(), Event::CheckpointWritten { rank, step });
+                let files = vec![format!("optimizer-{}", rank.rank)];
+                self.answer(&rank.clone(), Event::CheckpointWritten { rank, step, files });
             }
             RankCommand::Stop { .. } => {
                 self.later(Event::RankExited { rank, cause: "ended with exit code 0".to_owned() });

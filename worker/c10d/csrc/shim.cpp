@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
@@ -236,15 +237,18 @@ void af_work_drop(AfWork* work) {
 }
 
 int af_fused_adamw(void** params, void** grads, void** exp_avgs, void** exp_avg_sqs, void** steps, size_t count,
-                   double lr, double beta1, double beta2, double weight_decay, double eps) {
+                   double lr, double beta1, double beta2, double weight_decay, double eps, void* grad_scale) {
   return guarded([&] {
     at::NoGradGuard no_grad;
+    std::optional<at::Tensor> scale;
+    if (grad_scale != nullptr) scale = as_tensor(grad_scale);
     auto p = as_tensors(params, count);
     auto g = as_tensors(grads, count);
     auto m = as_tensors(exp_avgs, count);
     auto v = as_tensors(exp_avg_sqs, count);
     auto s = as_tensors(steps, count);
-    at::_fused_adamw_(p, g, m, v, {}, s, lr, beta1, beta2, weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false);
+    at::_fused_adamw_(p, g, m, v, {}, s, lr, beta1, beta2, weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false,
+                       scale);
     for (const auto* list : {&p, &m, &v})
       for (const auto& tensor : *list) changed(tensor);
   });

@@ -51,7 +51,7 @@ int af_work_wait(AfWork* work, int64_t timeout_ms);
 void af_work_drop(AfWork* work);
 
 int af_fused_adamw(void** params, void** grads, void** exp_avgs, void** exp_avg_sqs, void** steps, size_t count,
-                   double lr, double beta1, double beta2, double weight_decay, double eps);
+                   double lr, double beta1, double beta2, double weight_decay, double eps, void* grad_scale);
 int af_float32_matmul_precision(const char* precision);
 
 #ifdef __cplusplus

@@ -117,6 +117,7 @@ unsafe extern "C" {
         beta2: f64,
         weight_decay: f64,
         eps: f64,
+        grad_scale: *mut c_void,
     ) -> c_int;
     pub(crate) fn af_float32_matmul_precision(precision: *const c_char) -> c_int;
 }

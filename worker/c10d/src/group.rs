@@ -212,6 +212,40 @@ impl Group {
         )
     }
 
+    /// Sends `outgoing` to rank `to` while `incoming` is filled with what rank `from` sends, both under `tag`: the
+    /// two directions of a connection at the same time. A round in which every rank calls this with its own
+    /// neighbours cannot lock up.
+    ///
+    /// # Errors
+    /// As [`Group::send`].
+    pub fn exchange(
+        &self,
+        outgoing: &Tensor,
+        to: usize,
+        incoming: &mut Tensor,
+        from: usize,
+        tag: i32,
+    ) -> Result<()> {
+        let (c_to, c_from) = (self.other(to, "send to")?, self.other(from, "receive from")?);
+        let sending = || self.describe(&format!("send of {:?} to rank {to} (tag {tag})", outgoing.size()));
+        let receiving = || self.describe(&format!("receive from rank {from} (tag {tag})"));
+        self.fits(outgoing).map_err(|text| Error::invalid(sending(), text))?;
+        self.fits(incoming).map_err(|text| Error::invalid(receiving(), text))?;
+        let deadline = self.timeout.saturating_add(GRACE);
+        // SAFETY: group and tensors are live, and their memory is checked.
+        let receive = Work::start(
+            |out| unsafe { ffi::af_recv(self.raw, pointer(incoming), c_from, tag, out) },
+            receiving,
+        )?;
+        // SAFETY: as above.
+        let sent =
+            Work::start(|out| unsafe { ffi::af_send(self.raw, pointer(outgoing), c_to, tag, out) }, sending)
+                .and_then(|send| send.wait(deadline, sending));
+        // Whatever became of the sending: nothing may write to `incoming` once this returns.
+        let received = receive.wait(deadline, receiving);
+        sent.and(received)
+    }
+
     /// Returns when every rank has called it.
     ///
     /// # Errors

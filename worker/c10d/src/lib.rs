@@ -1,6 +1,6 @@
 //! What libtorch has and tch does not bind, behind one small C++ shim: c10d's collectives (Gloo on CPU, NCCL on
-//! CUDA with feature `nccl`), its TCP store for rendezvous, the fused AdamW kernel, and the float32
-//! matrix-product precision. It is the engine PyTorch itself uses.
+//! CUDA with feature `nccl`), its TCP store for rendezvous, the fused AdamW kernel, where gradients gather, and the
+//! float32 matrix-product precision. It is the engine PyTorch itself uses.
 //!
 //! The learner calls the collectives and the optimizer kernel; the worker's session opens stores and groups.
 //!

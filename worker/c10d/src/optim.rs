@@ -39,11 +39,17 @@ pub struct AdamWState<'a> {
 }
 
 /// One AdamW step (`torch.optim.AdamW(fused=True)`, no amsgrad). `step` counts from 1: this step's number, by
-/// which the running means are corrected for their start at zero.
+/// which the running means are corrected for their start at zero. With `grad_scale` the gradients are divided by it
+/// on the way and left divided: clipping costs no pass of its own.
 ///
 /// # Errors
 /// [`crate::ErrorKind::InvalidArgument`], with the tensor's place in the list, when the lists do not match.
-pub fn fused_adamw(state: AdamWState<'_>, step: u64, hyper: &AdamWHyper) -> Result<()> {
+pub fn fused_adamw(
+    state: AdamWState<'_>,
+    step: u64,
+    hyper: &AdamWHyper,
+    grad_scale: Option<f64>,
+) -> Result<()> {
     let operation = || format!("fused AdamW step {step} over {} tensors", state.params.len());
     state.check().map_err(|text| Error::invalid(operation(), text))?;
     if step == 0 {
@@ -54,9 +60,13 @@ pub fn fused_adamw(state: AdamWState<'_>, step: u64, hyper: &AdamWHyper) -> Resu
         .iter()
         .map(|p| Tensor::from(step as f64).to_kind(Kind::Float).to_device(p.device()))
         .collect();
+    // The kernel reads one f32, on the tensors' device.
+    let scale = grad_scale.zip(state.params.first());
+    let scale = scale.map(|(by, p)| Tensor::from(by).to_kind(Kind::Float).to_device(p.device()));
+    let scale_pointer = scale.as_ref().map_or(std::ptr::null_mut(), pointer);
     let pointers = |tensors: &[Tensor]| tensors.iter().map(pointer).collect::<Vec<*mut c_void>>();
     let lists = [state.params, state.grads, state.exp_avgs, state.exp_avg_sqs, &steps].map(pointers);
-    // SAFETY: five lists of `params.len()` live tensor pointers each; `check` has seen that all tensors of one
+    // SAFETY: five lists of `params.len()` live tensor pointers each, and a live one or null; `check` has seen that all tensors of one
     // place agree in size, kind, device and dense layout, which is what the kernel takes on trust.
     let code = unsafe {
         ffi::af_fused_adamw(
@@ -71,6 +81,7 @@ pub fn fused_adamw(state: AdamWState<'_>, step: u64, hyper: &AdamWHyper) -> Resu
             hyper.beta2,
             hyper.weight_decay,
             hyper.eps,
+            scale_pointer,
         )
     };
     check(code, operation)

@@ -42,7 +42,7 @@ fn four_steps_match_torch_to_1e_12() {
     for (index, (grad, after)) in STEPS.iter().enumerate() {
         let grads = [Tensor::from_slice(grad)];
         let state = AdamWState { params: &params, grads: &grads, exp_avgs: &m, exp_avg_sqs: &v };
-        fused_adamw(state, index as u64 + 1, &HYPER).unwrap();
+        fused_adamw(state, index as u64 + 1, &HYPER, None).unwrap();
         let got = Vec::<f64>::try_from(&params[0]).unwrap();
         for (got, want) in got.iter().zip(after) {
             assert!((got - want).abs() < 1e-12, "step {}: {got} is not {want}", index + 1);
@@ -61,9 +61,24 @@ fn lists_that_do_not_match_are_refused() {
         (AdamWState { exp_avgs: &doubles, ..state }, "exp_avgs[0]"),
         (AdamWState { exp_avg_sqs: &[], ..state }, "0 exp_avg_sqs"),
     ] {
-        let error = fused_adamw(bad, 1, &HYPER).unwrap_err();
+        let error = fused_adamw(bad, 1, &HYPER, None).unwrap_err();
         assert_eq!(error.kind, ErrorKind::InvalidArgument);
         assert!(error.to_string().contains(part), "{part:?} is not in {error}");
     }
-    assert!(fused_adamw(state, 0, &HYPER).unwrap_err().to_string().contains("count from 1"));
+    assert!(fused_adamw(state, 0, &HYPER, None).unwrap_err().to_string().contains("count from 1"));
+}
+
+#[test]
+fn gradients_are_divided_by_their_scale_on_the_way() {
+    let start = || [Tensor::from_slice(&[0.5f32, -1.0, 2.0, 0.1])];
+    let zeros = || [Tensor::zeros([4], tch::kind::FLOAT_CPU)];
+    let step = |grads: [f32; 4], scale: Option<f64>| {
+        let (params, grads, m, v) = (start(), [Tensor::from_slice(&grads)], zeros(), zeros());
+        let state = AdamWState { params: &params, grads: &grads, exp_avgs: &m, exp_avg_sqs: &v };
+        fused_adamw(state, 1, &AdamWHyper { eps: 0.5, ..HYPER }, scale).unwrap();
+        Vec::<f32>::try_from(&params[0]).unwrap()
+    };
+    let (plain, scaled) = (step([0.1, -0.2, 0.3, 0.05], None), step([0.4, -0.8, 1.2, 0.2], Some(4.0)));
+    assert!(plain.iter().zip(&scaled).all(|(a, b)| (a - b).abs() < 1e-6), "{plain:?} {scaled:?}");
+    assert_ne!(plain, step([0.4, -0.8, 1.2, 0.2], None));
 }

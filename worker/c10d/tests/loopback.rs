@@ -199,3 +199,28 @@ fn a_linear_map_sees_weights_that_arrive() {
     });
     assert_eq!(results, [[16.0, 48.0, 112.0], [32.0, 48.0, 112.0]]);
 }
+
+#[test]
+fn three_ranks_exchange_in_a_circle_without_locking_up() {
+    let results = ranks(3, DEADLINE, |group| {
+        let (rank, size) = (group.rank(), group.size());
+        // More than a socket holds, so that nobody gets rid of it before the other takes it; of different lengths.
+        let outgoing = Tensor::full([1 << 20], rank as f64, (Kind::Float, Device::Cpu)).narrow(0, 7, 999_999);
+        let mut whole = Tensor::full([1 << 20], -1.0, (Kind::Float, Device::Cpu));
+        for round in 1..size {
+            let (to, from) = ((rank + round) % size, (rank + size - round) % size);
+            let mut incoming = whole.narrow(0, 40, 999_999);
+            group.exchange(&outgoing, to, &mut incoming, from, round as i32).unwrap();
+            assert_eq!(incoming.min().double_value(&[]), from as f64);
+            assert_eq!(incoming.max().double_value(&[]), from as f64);
+        }
+        assert_eq!(whole.double_value(&[39]), -1.0, "only the part that was given is written");
+        let strided = Tensor::zeros([4, 4], (Kind::Float, Device::Cpu)).narrow(1, 0, 2);
+        let to = (rank + 1) % size;
+        let error = group.exchange(&strided, to, &mut whole, to, 0).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::InvalidArgument, "{error}");
+        assert!(group.exchange(&outgoing, rank, &mut whole, to, 0).is_err(), "not with itself");
+        group.barrier().unwrap(); // and the group still works
+    });
+    assert_eq!(results.len(), 3);
+}

@@ -272,8 +272,8 @@ fn a_loaded_checkpoint_continues_bit_for_bit_and_says_what_does_not_fit() {
         .map(|f| f.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort();
-    assert_eq!(names, ["learner.json", "optimizer.safetensors"]);
-    let path = dir.path().join("optimizer.safetensors");
+    assert_eq!(names, ["learner.json", "optimizer-00001-of-00001.safetensors"]);
+    let path = dir.path().join("optimizer-00001-of-00001.safetensors");
     let mut tensors = Tensor::read_safetensors(&path).unwrap();
     let at = tensors.iter().position(|(n, _)| n == "exp_avg.model.norm.weight").unwrap();
     tensors[at].1 = Tensor::zeros([7], (Kind::Float, Device::Cpu));

@@ -13,10 +13,12 @@ use agentfly_common::machine::{memory, peak_bytes};
 use agentfly_common::planner::Plan;
 use agentfly_common::sampling::SamplingParams;
 use agentfly_common::seed::JobSeed;
+use agentfly_common::telemetry::TRACE;
 use agentfly_policy::device::DeviceHandle;
 use agentfly_policy::learner::Learner;
 use agentfly_policy::placement::Place;
 use anyhow::{Context as _, anyhow};
+use tracing::info_span;
 
 use super::RankError;
 use super::train::learner_error;
@@ -105,8 +107,11 @@ impl Job {
                 .map_err(RankError::us)?;
             // Its memory is the activations' now; no chain runs, and what it held is of no use to the next weights.
             device.engine.forget_weights();
-            let stats = learner.train(&mut device.decoder, &shard).map_err(learner_error)?;
-            let hash = learner.weights_hash(&device.decoder).map_err(learner_error)?;
+            let update = info_span!(target: TRACE, "update the policy", lane = "device");
+            let stats =
+                update.in_scope(|| learner.train(&mut device.decoder, &shard)).map_err(learner_error)?;
+            let attest = info_span!(target: TRACE, "hash the weights", lane = "device");
+            let hash = attest.in_scope(|| learner.weights_hash(&device.decoder)).map_err(learner_error)?;
             device.policy_version = device.policy_version.next();
             let mut metrics = stats.metrics;
             let phases = stats.phases;
@@ -115,6 +120,7 @@ impl Job {
             metrics.insert("timing_s/forward_backward".to_owned(), phases.forward_backward);
             metrics.insert("timing_s/all_reduce".to_owned(), phases.all_reduce);
             metrics.insert("timing_s/optimizer".to_owned(), phases.optimizer);
+            metrics.insert("timing_s/all_gather".to_owned(), phases.all_gather);
             metrics.extend(memory_metrics(planned, on_cpu));
             Ok((metrics, device.policy_version, hash))
         };

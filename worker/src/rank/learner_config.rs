@@ -46,6 +46,7 @@ pub(super) fn learner_config(config: &Config, total_steps: u64, plan: &Plan) -> 
         },
         recompute_above: plan.recompute_above_tokens.map_or(usize::MAX, |tokens| tokens as usize),
         temperature: config.actor_rollout_ref.rollout.temperature,
+        shard_optimizer: actor.fsdp_config.shards_optimizer(),
         ..LearnerConfig::default()
     }
 }
@@ -118,6 +119,9 @@ mod tests {
         assert_eq!((learner.lr_warmup_steps, learner.total_training_steps), (4, 40));
         assert_eq!(learner.micro_batch, MicroBatchLimit::Rows(4));
         assert_eq!(learner.temperature, 0.8);
+        assert!(learner.shard_optimizer, "the default");
+        let whole = resolved(&["actor_rollout_ref.actor.fsdp_config.fsdp_size=1"]);
+        assert!(!learner_config(&whole, 1).shard_optimizer);
     }
 
     #[test]

@@ -18,12 +18,14 @@ use agentfly_common::config::Config;
 use agentfly_common::ids::PolicyVersion;
 use agentfly_common::planner::{PREFILL_TOKENS, Plan};
 use agentfly_common::seed::JobSeed;
+use agentfly_common::telemetry::TRACE;
 use agentfly_policy::device::{Device, DeviceHandle};
 use agentfly_policy::engine::{Engine, EngineConfig};
-use agentfly_policy::learner::Learner;
+use agentfly_policy::learner::{Learner, LearnerError};
 use agentfly_policy::placement::{Place, open, set_up};
 use agentfly_proto::v1::{FormGroup, Prepare, Ready, StoreOpened, rank_message::Kind as Say};
 use anyhow::{Context as _, anyhow};
+use tracing::{Instrument as _, info_span};
 
 use super::generator::EngineGenerator;
 use super::job::{Job, LearnerSeat};
@@ -54,16 +56,19 @@ impl FromStr for DeviceName {
 #[derive(Debug, Clone)]
 pub struct Address(pub String);
 
-/// Loads everything; reports Ready at once where there is no group to form.
+/// Loads everything. What to report: Ready where there is no group to form, of rank 0 else where to meet.
 pub(super) async fn prepare(
     options: &RankOptions,
     reporter: &Reporter,
     prepare: Prepare,
-) -> Result<Job, RankError> {
+) -> Result<(Job, Option<Say>), RankError> {
     reporter.activity.set("reading the configuration");
     let config: Config = serde_json::from_str(&prepare.config_json)
         .context("the job's configuration does not fit this worker's version")
         .map_err(RankError::us)?;
+    if config.trainer.trace_freq < 1 {
+        reporter.spans.stop();
+    }
     let resume_dir = (!prepare.resume_dir.is_empty()).then(|| Path::new(&prepare.resume_dir).to_path_buf());
     // Also on resume the weights of the start are loaded first: they are the frozen reference.
     let model_dir = config.actor_rollout_ref.model.path.clone();
@@ -72,11 +77,14 @@ pub(super) async fn prepare(
     let plan = plan_rank(options, &config, &model_dir).map_err(RankError::operator)?;
     reporter.activity.set(format!("loading {}", model_dir.display()));
     let version = PolicyVersion(prepare.policy_version);
-    let device = start_device(options, &config, &model_dir, &plan, version).await?;
+    let load = start_device(options, &config, &model_dir, &plan, version);
+    let device = load.instrument(info_span!(target: TRACE, "load the model")).await?;
 
     reporter.activity.set("starting the sandbox, the tools and the reward");
     let tokenizer = Arc::new(ChatTokenizer::from_dir(&model_dir).map_err(RankError::operator)?);
-    let chain_deps = chain_deps(options, &config, &device, &tokenizer).await?;
+    let chain_deps = chain_deps(options, &config, &device, &tokenizer)
+        .instrument(info_span!(target: TRACE, "start the sandbox"))
+        .await?;
     let job = Job {
         seed: JobSeed(prepare.seed),
         plan,
@@ -93,12 +101,12 @@ pub(super) async fn prepare(
         store: Mutex::new(None),
         config,
     };
-    if job.world_size == 1 {
-        take_seat(&job, reporter, None).await?;
-    } else if job.rank == 0 {
-        open_store(&job, reporter).await?;
-    }
-    Ok(job)
+    let say = match job.world_size {
+        1 => Some(take_seat(&job, None).await?),
+        _ if job.rank == 0 => Some(open_store(&job, reporter)?),
+        _ => None,
+    };
+    Ok((job, say))
 }
 
 /// The device thread with the model on it.
@@ -154,16 +162,15 @@ async fn chain_deps(
 }
 
 /// Rank 0 opens the rendezvous store, on any free port, and says where.
-async fn open_store(job: &Job, reporter: &Reporter) -> Result<(), RankError> {
+fn open_store(job: &Job, reporter: &Reporter) -> Result<Say, RankError> {
     reporter.activity.set("opening the rendezvous store");
     let (store, port) = Store::serve(&job.address, 0, STORE_DEADLINE).map_err(RankError::outside)?;
     *job.store.lock().unwrap_or_else(PoisonError::into_inner) = Some(store);
-    let opened = StoreOpened { host: job.address.clone(), port: u32::from(port) };
-    reporter.say(Say::StoreOpened(opened)).await.map_err(RankError::outside)
+    Ok(Say::StoreOpened(StoreOpened { host: job.address.clone(), port: u32::from(port) }))
 }
 
-/// Joins the group of this generation and reports Ready.
-pub(super) async fn form_group(job: &Job, reporter: &Reporter, form: FormGroup) -> Result<(), RankError> {
+/// Joins the group of this generation; what to report: Ready.
+pub(super) async fn form_group(job: &Job, reporter: &Reporter, form: FormGroup) -> Result<Say, RankError> {
     reporter.activity.set("forming the collective group");
     let port = u16::try_from(form.port)
         .with_context(|| format!("{} is not a port", form.port))
@@ -178,7 +185,7 @@ pub(super) async fn form_group(job: &Job, reporter: &Reporter, form: FormGroup) 
         place: job.place,
         timeout: job.config.actor_rollout_ref.collective_timeout(),
     };
-    take_seat(job, reporter, Some(seat)).await
+    take_seat(job, Some(seat)).await
 }
 
 /// A place in a collective group.
@@ -204,15 +211,16 @@ impl Seat {
 }
 
 /// Makes the learner, in its group if there is one, and attests the weights.
-async fn take_seat(job: &Job, reporter: &Reporter, seat: Option<Seat>) -> Result<(), RankError> {
+async fn take_seat(job: &Job, seat: Option<Seat>) -> Result<Say, RankError> {
     let config = learner_config(&job.config, job.total_steps, &job.plan);
     let resume = job.resume_dir.clone();
     let work = move |device: &mut Device<LearnerSeat>| {
+        let _span = info_span!(target: TRACE, "make the learner", lane = "device").entered();
         let group = seat.map(|seat| seat.join()).transpose().map_err(RankError::outside)?;
         let reference = config.use_kl_loss;
         let mut learner = Learner::new(config, &device.decoder, reference, group).map_err(learner_error)?;
         if let Some(dir) = resume {
-            learner.load(&dir, &mut device.decoder).map_err(RankError::operator)?;
+            learner.load(&dir, &mut device.decoder).map_err(load_error)?;
             device.engine.forget_weights();
         }
         let (held, told) = (learner.policy_version(), device.policy_version);
@@ -227,10 +235,15 @@ async fn take_seat(job: &Job, reporter: &Reporter, seat: Option<Seat>) -> Result
     };
     let (version, weights_hash) =
         job.device.call("joining the collective group", work).await.map_err(RankError::us)??;
-    reporter
-        .say(Say::Ready(Ready { policy_version: version.0, weights_hash }))
-        .await
-        .map_err(RankError::outside)
+    Ok(Say::Ready(Ready { policy_version: version.0, weights_hash }))
+}
+
+/// Who must act when a checkpoint cannot be loaded. Where another rank is the cause, its own report says why.
+fn load_error(error: LearnerError) -> RankError {
+    match error {
+        LearnerError::Collective(_) | LearnerError::PeerCannotRead { .. } => RankError::outside(error),
+        other => RankError::operator(other),
+    }
 }
 
 #[cfg(test)]

@@ -86,6 +86,8 @@ pub struct Actor {
     pub policy_loss: PolicyLoss,
     /// AdamW and its schedule.
     pub optim: Optim,
+    /// How ranks share the optimizer's state.
+    pub fsdp_config: FsdpConfig,
 }
 
 impl Actor {
@@ -128,6 +130,31 @@ impl Actor {
     #[must_use]
     pub fn clip_high(&self) -> f64 {
         self.clip_ratio_high.unwrap_or(self.clip_ratio)
+    }
+}
+
+/// `actor_rollout_ref.actor.fsdp_config.*`, as far as it means something here.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsdpConfig {
+    /// Ranks that share one copy of the optimizer's state: −1 is all, 1 gives each rank a copy of its own.
+    pub fsdp_size: i64,
+}
+
+impl FsdpConfig {
+    /// Whether each rank of a job keeps and updates only its share of the optimizer's state.
+    #[must_use]
+    pub fn shards_optimizer(&self) -> bool {
+        self.fsdp_size != 1
+    }
+
+    pub(crate) fn check(&self, ranks: u32, checks: &mut Checks) {
+        let fits = [-1, 1, i64::from(ranks)].contains(&self.fsdp_size);
+        let expected = format!(
+            "expected -1 (all {ranks} ranks share the optimizer's state) or 1 (each holds all of it); groups of ranks \
+             that share are not supported"
+        );
+        checks.that("actor_rollout_ref.actor.fsdp_config.fsdp_size", fits, expected);
     }
 }
 

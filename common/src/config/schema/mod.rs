@@ -52,6 +52,9 @@ impl Config {
         self.actor_rollout_ref.check(checks);
         self.trainer.check(checks);
         self.sandbox.check(checks);
+        // A number of ranks that is no number is reported by the trainer.
+        let ranks = self.trainer.n_gpus_per_node.saturating_mul(self.trainer.nnodes);
+        self.actor_rollout_ref.actor.fsdp_config.check(ranks, checks);
         if self.algorithm.adv_estimator == AdvEstimator::GrpoPassK && self.agent.num_chains == 1 {
             checks.impossible(
                 "algorithm.adv_estimator=grpo_passk sets the best chain of a group against the second best, and \

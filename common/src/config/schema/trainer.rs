@@ -42,6 +42,10 @@ pub struct Trainer {
     pub default_local_dir: Option<PathBuf>,
     /// Newest checkpoints to keep; `None` is all.
     pub max_actor_ckpt_to_keep: Option<u32>,
+    /// Steps between traces; −1 writes none.
+    pub trace_freq: i64,
+    /// Newest traces of steps to keep; `None` is all.
+    pub max_traces_to_keep: Option<u32>,
     /// The job's seed.
     pub seed: u64,
     /// The run's folder; see `run_dir`.
@@ -70,7 +74,12 @@ impl Trainer {
             "expected at least 1",
         );
         checks.at_least_one("trainer.total_epochs", self.total_epochs);
-        for (key, freq) in [("trainer.save_freq", self.save_freq), ("trainer.test_freq", self.test_freq)] {
+        let freqs = [
+            ("trainer.save_freq", self.save_freq),
+            ("trainer.test_freq", self.test_freq),
+            ("trainer.trace_freq", self.trace_freq),
+        ];
+        for (key, freq) in freqs {
             checks.that(key, freq >= -1, "expected a number of steps, or -1");
         }
         for (key, name) in
@@ -84,6 +93,7 @@ impl Trainer {
             self.max_actor_ckpt_to_keep != Some(0),
             "expected at least 1",
         );
+        checks.that("trainer.max_traces_to_keep", self.max_traces_to_keep != Some(0), "expected at least 1");
         checks.at_least_one("trainer.chain_timeout_seconds", self.chain_timeout_seconds);
         checks.at_least_one("trainer.rollout_timeout_seconds", self.rollout_timeout_seconds);
         checks.at_least_one("trainer.startup_timeout_seconds", self.startup_timeout_seconds);

@@ -71,6 +71,9 @@ pub struct LearnerConfig {
     pub temperature: f64,
     /// Updates in a row that may be skipped for a gradient that is not finite.
     pub max_grad_skips: u32,
+    /// Whether each of several ranks keeps and updates its share of the optimizer's state, or all of it
+    /// (`fsdp_config.fsdp_size` -1 or 1).
+    pub shard_optimizer: bool,
 }
 
 impl Default for LearnerConfig {
@@ -101,6 +104,7 @@ impl Default for LearnerConfig {
             recompute_above: usize::MAX,
             temperature: 1.0,
             max_grad_skips: 10,
+            shard_optimizer: true,
         }
     }
 }

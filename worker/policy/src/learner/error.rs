@@ -113,6 +113,23 @@ pub enum LearnerError {
         "an earlier training step failed half-way through its updates: load a checkpoint before the next"
     )]
     Broken,
+    /// It has left its group after a failure, and holds one share of many.
+    #[error(
+        "this learner left its group after a failure and holds share {index} of {count} of the optimizer's state: \
+         make a new one in a new group, and load the checkpoint there"
+    )]
+    LeftGroup {
+        /// Its share, 0-based.
+        index: usize,
+        /// Of how many.
+        count: usize,
+    },
+    /// This rank found its part of a checkpoint, another did not.
+    #[error("checkpoint {path}: another rank cannot read its part; its error says why")]
+    PeerCannotRead {
+        /// The folder.
+        path: String,
+    },
     /// A checkpoint that does not belong to this model, or cannot be read or written.
     #[error("checkpoint {path}: {problem}")]
     Checkpoint {

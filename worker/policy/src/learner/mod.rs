@@ -3,7 +3,7 @@
 //! The device thread owns one [`Learner`] and calls [`Learner::train`] with this rank's share of each step.
 //! What must stay true:
 //! - The update depends on neither micro-batches nor ranks: every denominator is global, gradients are summed,
-//!   never averaged, and every rank applies the same sum with the same norm, so weights stay bit-equal.
+//!   never averaged, and each weight is updated by one rank or by all from the same sum, so weights stay bit-equal.
 //! - The `[tokens, vocab]` logits never exist whole.
 //! - Faults are found before the first update wherever they can be; a step that fails later leaves the learner
 //!   refusing further steps until a checkpoint is loaded.
@@ -23,6 +23,7 @@ mod offpolicy;
 mod optimizer;
 mod ranks;
 mod schedule;
+mod shard;
 mod stats;
 mod step;
 mod warmup;
@@ -32,6 +33,8 @@ use std::time::Instant;
 use agentfly_c10d::{AdamWHyper, Group};
 use agentfly_common::batch::TrainShard;
 use agentfly_common::ids::PolicyVersion;
+use agentfly_common::telemetry::TRACE;
+use tracing::info_span;
 
 pub use aggregate::{Aggregation, Denominators, UnknownAggregation};
 pub use config::{LearnerConfig, MicroBatchLimit};
@@ -47,7 +50,7 @@ use crate::model::{Decoder, ModelError};
 use optimizer::{Optimizer, Update};
 use ranks::Ranks;
 
-/// The trainer of one rank: optimizer state, frozen reference, and the version its weights are.
+/// The trainer of one rank: its share of the optimizer's state, the frozen reference, and the version of the weights.
 ///
 /// The decoder itself is the caller's, who also generates with it; each call here takes it.
 #[derive(Debug)]
@@ -86,11 +89,13 @@ impl Learner {
             true => Some(decoder.cast(decoder.kind(), decoder.device())?),
             false => None,
         };
+        let ranks = Ranks::new(group, decoder.device());
+        let (index, count) = if config.shard_optimizer { (ranks.index(), ranks.count()) } else { (0, 1) };
         Ok(Self {
             schedule: config.schedule(),
-            optimizer: Optimizer::new(decoder)?,
+            optimizer: Optimizer::new(decoder, index, count)?,
             reference,
-            ranks: Ranks::new(group, decoder.device()),
+            ranks,
             version: PolicyVersion::default(),
             steps: 0,
             skips_in_a_row: 0,
@@ -106,10 +111,11 @@ impl Learner {
     }
 
     /// What ranks attest: the model's weights and, where those are rounded copies, the f32 masters behind them,
-    /// so that an update too small for bf16 still shows.
+    /// so that an update too small for bf16 still shows. It does not depend on how the masters are shared. All ranks
+    /// must call it at the same time.
     ///
     /// # Errors
-    /// When memory is out.
+    /// When memory is out or a rank is lost.
     pub fn weights_hash(&self, decoder: &Decoder) -> Result<String, LearnerError> {
         let model = decoder.weights_hash()?;
         if decoder.kind() == tch::Kind::Float {
@@ -117,7 +123,9 @@ impl Learner {
         }
         let mut hasher = blake3::Hasher::new();
         hasher.update(model.as_bytes());
-        hasher.update(&crate::model::tensor_bytes(&self.optimizer.master)?);
+        for lane in self.optimizer.master_digest(&self.ranks)? {
+            hasher.update(&lane.to_le_bytes());
+        }
         Ok(hasher.finalize().to_hex().to_string())
     }
 
@@ -127,18 +135,12 @@ impl Learner {
         &self.config
     }
 
-    /// Trains from now on in another process group, or alone: after ranks were lost or came back. All ranks
-    /// must hold the same version.
-    pub fn set_group(&mut self, group: Option<Group>, decoder: &Decoder) {
-        self.ranks = Ranks::new(group, decoder.device());
-    }
-
     /// One training step: every mini-batch of the shard, `ppo_epochs` times, one optimizer update each. All
     /// ranks call it with their shards of the same step; all return the same metrics and hold the same weights.
     ///
     /// # Errors
     /// See [`LearnerError`]. A step that fails half-way has left the group, so that peers fail at once instead
-    /// of at their deadline: load a checkpoint and join a new one ([`Learner::set_group`]).
+    /// of at their deadline: make a new learner in a new group, and load a checkpoint.
     pub fn train(&mut self, decoder: &mut Decoder, shard: &TrainShard) -> Result<StepStats, LearnerError> {
         let started = Instant::now();
         if self.broken {
@@ -171,12 +173,12 @@ impl Learner {
         decoder.gather_gradients(None)?;
         match &result {
             Ok(_) => self.broken = false,
-            Err(_) => self.set_group(None, decoder),
+            Err(_) => self.ranks = Ranks::new(None, decoder.device()),
         }
         result
     }
 
-    /// Sums the gathered gradients over ranks and applies them; counts updates skipped in a row.
+    /// Sums the gathered gradients over ranks, applies them and shares the result; counts updates skipped in a row.
     fn apply(
         &mut self,
         decoder: &Decoder,
@@ -184,15 +186,21 @@ impl Learner {
         phases: &mut PhaseSeconds,
     ) -> Result<Update, LearnerError> {
         let started = Instant::now();
-        self.ranks.sum(&mut self.optimizer.grad)?;
+        info_span!(target: TRACE, "sum the gradients").in_scope(|| self.optimizer.reduce(&self.ranks))?;
         phases.all_reduce += started.elapsed().as_secs_f64();
         let started = Instant::now();
         let (beta1, beta2) = self.config.betas;
         let (weight_decay, eps) = (self.config.weight_decay, self.config.eps);
         let hyper = AdamWHyper { lr, beta1, beta2, weight_decay, eps };
-        let update = self.optimizer.step(decoder, &self.ranks, self.config.grad_clip, &hyper)?;
+        let (ranks, grad_clip) = (&self.ranks, self.config.grad_clip);
+        let update = info_span!(target: TRACE, "optimizer")
+            .in_scope(|| self.optimizer.step(decoder, ranks, grad_clip, &hyper))?;
         phases.optimizer += started.elapsed().as_secs_f64();
         if update.applied {
+            let started = Instant::now();
+            info_span!(target: TRACE, "gather the weights")
+                .in_scope(|| self.optimizer.gather(decoder, &self.ranks))?;
+            phases.all_gather += started.elapsed().as_secs_f64();
             self.skips_in_a_row = 0;
             return Ok(update);
         }

@@ -1,30 +1,19 @@
-//! AdamW over f32 master weights, whatever the model's kind.
+//! AdamW over f32 master weights, whatever the model's kind; each of several ranks updates its share of them.
 //!
-//! All parameters lie in one flat buffer, as do gradients and moments: one all-reduce, one norm and one kernel
-//! call an update. The model's own tensors are copies of the master weights in the model's kind.
+//! Parameters, gradients and moments lie in flat buffers of one layout, so that a share of each is one piece of memory:
+//! one norm, one kernel call and one copy an update. An f32 model is its own master; of another, the model's
+//! weights are rounded copies.
+//!
+//! What must stay true: after an update and [`Optimizer::gather`] the model's weights are bit-equal on every rank,
+//! since each weight was computed by one.
 
 use agentfly_c10d::{AdamWHyper, AdamWState, fused_adamw};
 use tch::{Kind, Tensor};
 
 use super::error::LearnerError;
 use super::ranks::Ranks;
-use crate::model::Decoder;
-
-/// Where one parameter lies in the flat buffers.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Slot {
-    pub(super) name: String,
-    pub(super) shape: Vec<i64>,
-    pub(super) start: i64,
-    pub(super) len: i64,
-}
-
-impl Slot {
-    /// This parameter's part of a flat buffer, in its shape, sharing memory.
-    pub(super) fn of(&self, flat: &Tensor) -> Result<Tensor, LearnerError> {
-        Ok(flat.f_narrow(0, self.start, self.len)?.f_view(self.shape.as_slice())?)
-    }
-}
+use super::shard::{BLOCK, Shards};
+use crate::model::{Decoder, for_each_chunk};
 
 /// What became of an update.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -35,12 +24,15 @@ pub(super) struct Update {
     pub(super) applied: bool,
 }
 
-/// The optimizer's state. `[P]` f32 each, P the number of weights.
+/// The optimizer's state: f32, flat.
 #[derive(Debug)]
 pub(super) struct Optimizer {
-    pub(super) slots: Vec<Slot>,
-    pub(super) master: Tensor,
+    /// Who updates what.
+    pub(super) shards: Shards,
+    /// Gradients of all weights, gathered here before ranks share them; as long as all padded shares.
     pub(super) grad: Tensor,
+    /// This rank's share of the weights. Of an f32 model it is a part of the model's own buffer.
+    pub(super) master: Tensor,
     pub(super) exp_avg: Tensor,
     pub(super) exp_avg_sq: Tensor,
     /// Updates applied.
@@ -48,22 +40,21 @@ pub(super) struct Optimizer {
 }
 
 impl Optimizer {
-    /// Starts from the model's weights.
-    pub(super) fn new(decoder: &Decoder) -> Result<Self, LearnerError> {
+    /// Starts from the model's weights, of which this rank is to update share `index` of `count`.
+    pub(super) fn new(decoder: &Decoder, index: usize, count: usize) -> Result<Self, LearnerError> {
         let _no_grad = tch::no_grad_guard();
-        let (mut slots, mut start) = (Vec::new(), 0);
-        for (name, tensor) in decoder.parameters().iter() {
-            let len = tensor.numel() as i64;
-            slots.push(Slot { name: name.to_owned(), shape: tensor.size(), start, len });
-            start += len;
-        }
-        let zeros = || Tensor::f_zeros([start], (Kind::Float, decoder.device()));
-        let (master, grad, exp_avg, exp_avg_sq) = (zeros()?, zeros()?, zeros()?, zeros()?);
-        let optimizer = Self { slots, master, grad, exp_avg, exp_avg_sq, steps: 0 };
-        for (slot, (_, tensor)) in optimizer.slots.iter().zip(decoder.parameters().iter()) {
-            slot.of(&optimizer.master)?.f_copy_(tensor)?;
-        }
-        Ok(optimizer)
+        let weights = decoder.parameters().flat();
+        let shards = Shards::new(decoder.parameters().slots(), weights.numel() as i64, index, count);
+        let own = shards.own();
+        let zeros = |len| Tensor::f_zeros([len], (Kind::Float, decoder.device()));
+        let grad = zeros(shards.padded())?;
+        let share = weights.f_narrow(0, own.start, own.end - own.start)?;
+        let master = match weights.kind() {
+            Kind::Float => share,
+            _ => share.f_to_kind(Kind::Float)?,
+        };
+        let (exp_avg, exp_avg_sq) = (zeros(own.end - own.start)?, zeros(own.end - own.start)?);
+        Ok(Self { shards, grad, master, exp_avg, exp_avg_sq, steps: 0 })
     }
 
     /// Forgets gathered gradients.
@@ -74,15 +65,28 @@ impl Optimizer {
 
     /// The sum of a parameter's gradients, sharing memory.
     pub(super) fn gradient_of(&self, name: &str) -> Result<Tensor, LearnerError> {
-        let slot = self.slots.iter().find(|slot| slot.name == name);
-        slot.map(|slot| slot.of(&self.grad)).unwrap_or_else(|| {
-            let needed = "must be one of the model's";
-            Err(LearnerError::Config { field: "parameter", value: name.to_owned(), needed })
-        })
+        match self.shards.slots.iter().find(|slot| slot.name == name) {
+            Some(slot) => Ok(slot.of(&self.grad)?),
+            None => {
+                let needed = "must be one of the model's";
+                Err(LearnerError::Config { field: "parameter", value: name.to_owned(), needed })
+            }
+        }
     }
 
-    /// Clips the gathered gradient (`clip_grad_norm_`: coefficient min(1, clip / (norm + 1e-6))) and applies it,
-    /// on every rank with rank 0's norm; a norm that is not finite changes nothing.
+    /// Sums the gathered gradients over the ranks: of all weights where every rank updates all, else of this rank's
+    /// share, after which the rest is used up.
+    pub(super) fn reduce(&mut self, ranks: &Ranks) -> Result<(), LearnerError> {
+        let _no_grad = tch::no_grad_guard();
+        match self.shards.count {
+            1 => ranks.sum(&mut self.grad),
+            _ => ranks.sum_to_shares(&self.grad, self.shards.share()),
+        }
+    }
+
+    /// Clips the summed gradient (`clip_grad_norm_`: coefficient min(1, clip / (norm + 1e-6))) and applies this
+    /// rank's share of it, on every rank with the same norm; a norm that is not finite changes nothing. Until
+    /// [`Self::gather`] the model holds other ranks' shares as they were.
     pub(super) fn step(
         &mut self,
         decoder: &Decoder,
@@ -91,32 +95,88 @@ impl Optimizer {
         hyper: &AdamWHyper,
     ) -> Result<Update, LearnerError> {
         let _no_grad = tch::no_grad_guard();
-        let norm = self.grad.f_norm_scalaropt_dtype(2.0, Kind::Double)?.f_double_value(&[])?;
-        let grad_norm = ranks.first(norm)?;
+        let grad_norm = self.grad_norm(ranks)?;
         if !grad_norm.is_finite() {
             return Ok(Update { grad_norm, applied: false });
         }
-        let coefficient = grad_clip / (grad_norm + 1e-6);
-        if coefficient < 1.0 {
-            let _same = self.grad.f_mul_scalar_(coefficient)?;
-        }
         self.steps += 1;
-        let list = |tensor: &Tensor| [tensor.shallow_clone()];
-        let (params, grads) = (list(&self.master), list(&self.grad));
-        let (exp_avgs, exp_avg_sqs) = (list(&self.exp_avg), list(&self.exp_avg_sq));
-        let state =
-            AdamWState { params: &params, grads: &grads, exp_avgs: &exp_avgs, exp_avg_sqs: &exp_avg_sqs };
-        fused_adamw(state, self.steps, hyper)?;
+        let (own, clipped_norm) = (self.shards.own(), grad_norm + 1e-6);
+        if !own.is_empty() {
+            let list = |tensor: &Tensor| [tensor.shallow_clone()];
+            let grads = [self.grad.f_narrow(0, own.start, own.end - own.start)?];
+            let (params, exp_avgs, exp_avg_sqs) =
+                (list(&self.master), list(&self.exp_avg), list(&self.exp_avg_sq));
+            let state =
+                AdamWState { params: &params, grads: &grads, exp_avgs: &exp_avgs, exp_avg_sqs: &exp_avg_sqs };
+            let scale = (clipped_norm > grad_clip).then_some(clipped_norm / grad_clip);
+            fused_adamw(state, self.steps, hyper, scale)?;
+        }
         self.publish(decoder)?;
         Ok(Update { grad_norm, applied: true })
     }
 
-    /// Copies the master weights into the model, in the model's kind.
+    /// L2 norm over all weights. Squares are summed in f32 within a block and in f64 over blocks.
+    fn grad_norm(&self, ranks: &Ranks) -> Result<f64, LearnerError> {
+        let share = self.shards.share();
+        let own = self.grad.f_narrow(0, self.shards.index as i64 * share, share)?.f_view([-1, BLOCK])?;
+        let of_blocks = own.f_norm_scalaropt_dim(2.0, [1_i64], false)?;
+        let of_blocks = of_blocks.f_to_kind(Kind::Double)?;
+        let mut squares = [of_blocks.f_dot(&of_blocks)?.f_double_value(&[])?];
+        match self.shards.count {
+            // Ranks hold the same sums, but may round them differently.
+            1 => squares[0] = ranks.first(squares[0])?,
+            _ => ranks.sums(&mut squares)?,
+        }
+        Ok(squares[0].sqrt())
+    }
+
+    /// Copies this rank's master weights into the model, in the model's kind; nothing where they are the model's own.
     pub(super) fn publish(&self, decoder: &Decoder) -> Result<(), LearnerError> {
         let _no_grad = tch::no_grad_guard();
-        for (slot, (_, tensor)) in self.slots.iter().zip(decoder.parameters().iter()) {
-            tensor.shallow_clone().f_copy_(&slot.of(&self.master)?)?;
+        let (own, weights) = (self.shards.own(), decoder.parameters().flat());
+        if weights.kind() != Kind::Float {
+            weights.f_narrow(0, own.start, own.end - own.start)?.f_copy_(&self.master)?;
         }
         Ok(())
+    }
+
+    /// Fetches what other ranks have updated into the model.
+    pub(super) fn gather(&self, decoder: &Decoder, ranks: &Ranks) -> Result<(), LearnerError> {
+        let _no_grad = tch::no_grad_guard();
+        let share = |rank| {
+            let range = self.shards.range(rank);
+            Ok(decoder.parameters().flat().f_narrow(0, range.start, range.end - range.start)?)
+        };
+        match self.shards.count {
+            1 => Ok(()),
+            count => ranks.gather(&(0..count).map(share).collect::<Result<Vec<_>, LearnerError>>()?),
+        }
+    }
+
+    /// What the master weights are, whichever ranks hold which of them: the sum, in eight lanes of 32 bits, of the
+    /// BLAKE3 hashes of all blocks with their numbers. All ranks must call it at the same time.
+    pub(super) fn master_digest(&self, ranks: &Ranks) -> Result<[u32; 8], LearnerError> {
+        let mut lanes = [0_u32; 8];
+        let mut block = self.shards.own().start / BLOCK;
+        for_each_chunk(&self.master, |bytes| {
+            for bytes in bytes.chunks(BLOCK as usize * size_of::<f32>()) {
+                let mut hasher = blake3::Hasher::new();
+                hasher.update(&block.to_le_bytes());
+                hasher.update(bytes);
+                let hash = hasher.finalize();
+                for (lane, bytes) in lanes.iter_mut().zip(hash.as_bytes().chunks_exact(4)) {
+                    *lane = lane.wrapping_add(bytes.iter().rev().fold(0, |x, &b| (x << 8) | u32::from(b)));
+                }
+                block += 1;
+            }
+            Ok(())
+        })?;
+        if self.shards.count > 1 {
+            // Sums of numbers below 2³² are exact in f64 for two million ranks.
+            let mut sums = lanes.map(f64::from);
+            ranks.sums(&mut sums)?;
+            lanes = sums.map(|sum| sum.rem_euclid(f64::from(u32::MAX) + 1.0) as u32);
+        }
+        Ok(lanes)
     }
 }

@@ -1,10 +1,13 @@
-//! The learner's view of its process group: sums, maxima and shared decisions, or nothing to do when it trains
-//! alone. Every rank must call the same methods in the same order.
+//! The learner's view of its process group: sums, shares, maxima and common decisions, or nothing to do when it
+//! trains alone. Every rank must call the same methods in the same order.
 
 use agentfly_c10d::{Group, ReduceOp};
 use tch::{Device, Kind, Tensor};
 
 use super::error::LearnerError;
+
+/// Elements that are received and added at a time: 4 MiB of f32.
+const PART: i64 = 1 << 20;
 
 /// A group of ranks, or a single one.
 #[derive(Debug)]
@@ -24,6 +27,52 @@ impl Ranks {
             Some(group) => Ok(group.all_reduce(tensor, ReduceOp::Sum)?),
             None => Ok(()),
         }
+    }
+
+    /// This rank's number.
+    pub(super) fn index(&self) -> usize {
+        self.group.as_ref().map_or(0, Group::rank)
+    }
+
+    /// How many ranks there are.
+    pub(super) fn count(&self) -> usize {
+        self.group.as_ref().map_or(1, Group::size)
+    }
+
+    /// Sums `whole`, as many equal shares as there are ranks, over the ranks: afterwards this rank's share holds the
+    /// sums, and the others are used up.
+    pub(super) fn sum_to_shares(&self, whole: &Tensor, share: i64) -> Result<(), LearnerError> {
+        let Some(group) = &self.group else { return Ok(()) };
+        let of = |rank: usize| whole.f_narrow(0, rank as i64 * share, share);
+        let mut own = of(group.rank())?;
+        if self.device.is_cuda() {
+            return Ok(group.reduce_scatter(&mut own, whole, ReduceOp::Sum)?);
+        }
+        // Gloo's own reduce-scatter takes four times as long as its all-reduce, and that twice as long as sending each
+        // share to its owner (deploy/docs/benchmarks.md). A part is added while it is in the cache.
+        let (rank, size) = (group.rank(), group.size());
+        let incoming = own.f_narrow(0, 0, share.min(PART))?.f_empty_like()?;
+        for (round, tag) in (1..size).zip(1..) {
+            let (to, from) = ((rank + round) % size, (rank + size - round) % size);
+            let theirs = of(to)?;
+            for start in (0..share).step_by(PART as usize) {
+                let len = PART.min(share - start);
+                let (outgoing, mut part) = (theirs.f_narrow(0, start, len)?, incoming.f_narrow(0, 0, len)?);
+                group.exchange(&outgoing, to, &mut part, from, tag)?;
+                let _same = own.f_narrow(0, start, len)?.f_add_(&part)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills each of `shares`, one a rank and of any length, from the rank it belongs to.
+    pub(super) fn gather(&self, shares: &[Tensor]) -> Result<(), LearnerError> {
+        let Some(group) = &self.group else { return Ok(()) };
+        // A broadcast from each owner takes shares of any length, and on Gloo a tenth of the time of an all-gather.
+        for (owner, share) in shares.iter().enumerate().filter(|(_, share)| share.numel() > 0) {
+            group.broadcast(&mut share.shallow_clone(), owner)?;
+        }
+        Ok(())
     }
 
     /// Sums each value over the ranks.

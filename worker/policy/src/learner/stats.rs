@@ -19,8 +19,10 @@ pub struct PhaseSeconds {
     pub forward_backward: f64,
     /// Waiting for and summing gradients.
     pub all_reduce: f64,
-    /// Norm, clip, AdamW, copy into the model.
+    /// Norm, clip, AdamW, copy into the model: of this rank's share.
     pub optimizer: f64,
+    /// Fetching the shares that other ranks have updated.
+    pub all_gather: f64,
     /// The whole step (this rank's own).
     pub total: f64,
 }
@@ -92,6 +94,7 @@ impl StepSums {
             phases.forward_backward,
             phases.all_reduce,
             phases.optimizer,
+            phases.all_gather,
         ];
         ranks.maxima(&mut self.off_policy.maxima)?;
         ranks.maxima(&mut seconds)?;
@@ -101,6 +104,7 @@ impl StepSums {
             phases.forward_backward,
             phases.all_reduce,
             phases.optimizer,
+            phases.all_gather,
         ] = seconds;
 
         let count = f64::from(self.update_count.max(1));

@@ -128,7 +128,7 @@ impl Decoder {
         kind: Kind,
         device: Device,
     ) -> Result<Self, ModelError> {
-        let parameters = Parameters::new(named);
+        let parameters = Parameters::new(named)?;
         let norm = |name: String| Norm::new(&parameters, name, config.rms_eps);
         let mut blocks = Vec::new();
         for layer in 0..config.layers {

@@ -180,7 +180,11 @@ fn split(named: &[(String, Tensor)], max_bytes: u64) -> Vec<&[(String, Tensor)]>
     files
 }
 
-fn write_safetensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), ModelError> {
+/// One file of tensors in this order, synced to disk.
+///
+/// # Errors
+/// When the file cannot be written.
+pub(crate) fn write_safetensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), ModelError> {
     let mut header = Map::new();
     header.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
     let mut offset = 0;

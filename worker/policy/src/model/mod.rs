@@ -22,6 +22,8 @@ pub use decoder::Decoder;
 pub(crate) use decoder::EMBEDDING;
 pub use error::ModelError;
 pub use export::export;
+pub(crate) use export::write_safetensors;
 pub use parameters::{Parameters, tensor_bytes};
+pub(crate) use parameters::{Slot, for_each_chunk};
 pub(crate) use rope::Rotation;
 pub use score::{Scores, score, score_rows, visit_logits};
