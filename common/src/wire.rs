@@ -2,6 +2,8 @@
 //!
 //! Arrays travel as little-endian bytes; what comes in is checked before it becomes a domain value.
 
+mod spans;
+
 use agentfly_proto::{CHUNK_BYTES, v1 as pb};
 use bytemuck::cast_slice;
 
@@ -11,6 +13,8 @@ use crate::ids::{ChainKey, PolicyVersion, Purpose};
 use crate::trajectory::{
     BrokenTrajectory, FinishReason, Message, Outcome, Reward, Role, Timings, Trajectory,
 };
+
+pub use spans::{gathered_from, unix_micros};
 
 /// A message that does not say what it should: a fault of the sender's program.
 #[derive(Debug, thiserror::Error)]

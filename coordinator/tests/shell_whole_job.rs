@@ -41,6 +41,21 @@ async fn a_two_step_job_runs_to_its_end_and_leaves_everything_on_disk() {
         assert!(run.join(format!("trajectories/{file}.jsonl.zst")).is_file(), "{file}");
     }
     assert!(run.join("reward_curve.svg").is_file() && run.join("config.json").is_file());
+    for step in [1, 2] {
+        let text = std::fs::read_to_string(run.join(format!("trace/step_00000{step}.json"))).unwrap();
+        let trace: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let spans = trace["traceEvents"].as_array().unwrap().iter().filter(|event| event["ph"] == "X");
+        let names = |pid: u64| {
+            let of = spans.clone().filter(move |span| span["pid"] == pid);
+            of.map(|span| span["name"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        for (pid, expected) in [(1, "advantages and shards"), (2, "rollout"), (3, "train")] {
+            assert!(names(pid).iter().any(|name| name == expected), "{pid}: {text}");
+        }
+        assert!(names(1).contains(&format!("step {step}")), "{text}");
+        let last = spans.map(|span| span["ts"].as_u64().unwrap()).max().unwrap();
+        assert!(last < 600_000_000, "a clock that is an hour off was not put right: {text}");
+    }
     let jobs = client.list().await.unwrap();
     assert_eq!((jobs[0].state.as_str(), jobs[0].step), ("finished", 2));
     world.stop().await;

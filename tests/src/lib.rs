@@ -6,4 +6,5 @@
 pub mod cluster;
 pub mod hub;
 pub mod job;
+pub mod trace;
 pub mod tree;

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use agentfly_tests::cluster::Playground;
 use agentfly_tests::job::{json, json_lines, settings};
+use agentfly_tests::trace::Trace;
 use serde_json::Value;
 
 /// Generous: a loaded machine of two cores.
@@ -47,6 +48,7 @@ async fn a_job_makes_the_model_better_and_resumes() {
     {
         assert!(run.join(name).exists(), "{name} is missing");
     }
+    assert_traces(&run.join("trace"));
     let checkpoint = Path::new(summary["checkpoint_path"].as_str().unwrap()).to_path_buf();
     assert_scores(&playground, &checkpoint.join("huggingface")).await;
 
@@ -54,6 +56,56 @@ async fn a_job_makes_the_model_better_and_resumes() {
     let resumed = json(&run.join("summary.json")).unwrap();
     assert_eq!((resumed["steps"].as_u64(), resumed["resumed_after_step"].as_u64()), (Some(41), Some(40)));
     assert_nothing_runs(&playground);
+}
+
+/// Every step left a trace that nests and leaves little of its time unexplained.
+fn assert_traces(traces: &Path) {
+    assert_eq!(std::fs::read_dir(traces).unwrap().count(), 41, "40 steps and what came before");
+    for step in [1, 20, 40] {
+        let trace = Trace::read(&traces.join(format!("step_{step:06}.json"))).unwrap();
+        assert_eq!(trace.overlap(), None, "step {step}");
+        let whole = trace.find("coordinator", &format!("step {step}")).unwrap();
+        for (process, name) in [
+            ("coordinator", "rollout"),
+            ("coordinator", "advantages and shards"),
+            ("coordinator", "train"),
+            ("coordinator", "keep the chains"),
+            ("rank 0", "rollout"),
+            ("rank 1", "prefill and decode"),
+            ("rank 0", "decode"),
+            ("rank 1", "wait for the engine"),
+            ("rank 0", "generate"),
+            ("rank 0", "code_interpreter"),
+            ("rank 1", "reward"),
+            ("rank 0", "upload"),
+            ("rank 1", "fetch the batch"),
+            ("rank 0", "reference"),
+            ("rank 1", "old log-probs"),
+            ("rank 0", "forward and backward"),
+            ("rank 1", "sum the gradients"),
+            ("rank 0", "optimizer"),
+            ("rank 1", "gather the weights"),
+            ("rank 0", "hash the weights"),
+        ] {
+            assert!(trace.find(process, name).is_some(), "step {step} shows no `{name}` of {process}");
+        }
+        let phases = trace.covered(whole, |span| span.lane == "job" && span.name != whole.name);
+        let ranks = trace.covered(whole, |span| span.process != "coordinator");
+        assert!(phases > 0.999 && ranks > 0.9, "step {step}: {phases} of it in phases, {ranks} on ranks");
+    }
+    let last = Trace::read(&traces.join("step_000040.json")).unwrap();
+    for (process, name) in [
+        ("coordinator", "validation"),
+        ("coordinator", "commit the checkpoint"),
+        ("rank 0", "write the model"),
+        ("rank 1", "write the optimizer's state"),
+    ] {
+        assert!(last.find(process, name).is_some(), "the last step shows no `{name}` of {process}");
+    }
+    let start = Trace::read(&traces.join("start.json")).unwrap();
+    for name in ["load the model", "start the sandbox", "join the group", "validation"] {
+        assert!(start.find("rank 1", name).is_some(), "the start shows no `{name}`");
+    }
 }
 
 /// `worker score` reads the checkpoint and gives log-probs: none for the first id, then numbers ≤ 0.

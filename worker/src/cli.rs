@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use agentfly_common::error::Whose;
-use agentfly_common::telemetry::{LogTo, init};
+use agentfly_common::telemetry::{LogTo, init, init_gathering};
 use agentfly_policy::environment::with_environment_for_libtorch;
 use agentfly_proto::v1::RankId;
 use clap::{Args, Parser, Subcommand};
@@ -113,7 +113,9 @@ pub fn main() -> ExitCode {
         if computes {
             with_environment_for_libtorch()?;
         }
-        init(LogTo::Stderr, if by_hand { "warn" } else { "info" })?;
+        if !matches!(cli.command, Some(Command::Rank(_))) {
+            init(LogTo::Stderr, if by_hand { "warn" } else { "info" })?;
+        }
         anyhow::Ok(())
     };
     ExitCode::from(conclude(ready().and_then(|()| dispatch(cli))))
@@ -134,6 +136,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Some(Command::Doctor(args)) => doctor::run(&args),
         Some(Command::Rank(args)) => {
             die_with_parent(args.parent_pid)?;
+            let spans = init_gathering(LogTo::Stderr, "info")?;
             let id = RankId { job_id: args.job, rank: args.rank, incarnation: args.incarnation };
             let options = RankOptions {
                 coordinator: args.coordinator,
@@ -143,6 +146,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
                 threads: args.threads,
                 ranks_on_node: args.ranks_on_node,
                 address: Address(args.address),
+                spans,
             };
             let ended = block_on(crate::rank::run(options));
             // The device thread may be in the middle of a step: leave without libtorch's destructors.

@@ -1,6 +1,7 @@
 //! `Cluster`: the sessions of nodes and ranks. The first message says who it is; then reports go to the
 //! scheduler and commands come from it.
 
+use agentfly_common::wire::{gathered_from, unix_micros};
 use agentfly_proto::v1::{self as pb, cluster_server::Cluster, node_message, rank_message};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -125,6 +126,12 @@ async fn read_node(
 async fn read_rank(inbound: &mut Streaming<pb::RankMessage>, scheduler: &SchedulerHandle, rank: &RankId) {
     loop {
         match inbound.message().await {
+            Ok(Some(pb::RankMessage { kind: Some(rank_message::Kind::Spans(spans)) })) => {
+                let gathered = gathered_from(spans, unix_micros());
+                if scheduler.traced(rank.clone(), gathered).await.is_err() {
+                    return;
+                }
+            }
             Ok(Some(pb::RankMessage { kind: Some(kind) })) => {
                 let Some(event) = rank_event(rank.clone(), kind) else {
                     return tracing::warn!(?rank, "a rank sent a message out of place");
@@ -142,11 +149,11 @@ async fn read_rank(inbound: &mut Streaming<pb::RankMessage>, scheduler: &Schedul
     }
 }
 
-/// What a rank said, as an event; `None` for a second hello and a port that is none.
+/// What a rank said, as an event; `None` for a second hello, a port that is none, and spans, which are no fact.
 fn rank_event(rank: RankId, kind: rank_message::Kind) -> Option<Event> {
     use rank_message::Kind;
     Some(match kind {
-        Kind::Hello(_) => return None,
+        Kind::Hello(_) | Kind::Spans(_) => return None,
         Kind::Heartbeat(beat) => {
             Event::RankHeard { rank, activity: beat.activity, activity_seconds: beat.activity_seconds }
         }
@@ -168,7 +175,9 @@ fn rank_event(rank: RankId, kind: rank_message::Kind) -> Option<Event> {
             weights_hash: done.weights_hash,
             metrics: done.metrics.into_iter().collect(),
         },
-        Kind::CheckpointWritten(written) => Event::CheckpointWritten { rank, step: written.step },
+        Kind::CheckpointWritten(written) => {
+            Event::CheckpointWritten { rank, step: written.step, files: written.files }
+        }
         Kind::Failed(fault) => Event::RankFailed { rank, fault: wire::fault_from(fault) },
     })
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use agentfly_common::telemetry::spans::Gathered;
 use agentfly_common::trajectory::Trajectory;
 use agentfly_proto::v1 as pb;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -39,6 +40,10 @@ pub(super) enum Message {
         session: u64,
     },
     Said(Box<Event>),
+    Traced {
+        rank: RankId,
+        gathered: Gathered,
+    },
     Uploaded {
         rank: RankId,
         shard: u64,
@@ -158,6 +163,14 @@ impl SchedulerHandle {
     /// When the head is stopping.
     pub async fn said(&self, event: Event) -> Result<(), Gone> {
         self.tell(Message::Said(Box::new(event))).await
+    }
+
+    /// What a rank did, for the trace of its job.
+    ///
+    /// # Errors
+    /// When the head is stopping.
+    pub async fn traced(&self, rank: RankId, gathered: Gathered) -> Result<(), Gone> {
+        self.tell(Message::Traced { rank, gathered }).await
     }
 
     /// A chain arrived. Returns when it was taken: whether it was there already.

@@ -26,19 +26,22 @@ use std::time::Duration;
 
 use agentfly_common::ids::Purpose;
 use agentfly_common::telemetry::names;
+use agentfly_common::telemetry::spans::{Gathered, Span};
+use agentfly_common::wire::unix_micros;
 use agentfly_proto::v1 as pb;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::core::event::{CoreFault, Event, JobId, JobSpec, Moment, NodeId, RankId};
+use crate::core::event::{CoreFault, Decision, Event, JobId, JobSpec, Moment, NodeId, RankId};
 use crate::core::{CoreSettings, State};
 use crate::failure::{Failure, Outcome};
 use crate::feed::Feeds;
 use crate::journal::{Journal, JournalError};
-use crate::recorder::{Answers, Recorded};
+use crate::recorder::{Answers, Record, Recorded};
 use crate::shelf::Shelf;
+use crate::store::trace::{Process, SCHEDULER};
 use crate::submission::Submission;
 
 use handle::Message;
@@ -192,6 +195,12 @@ impl Scheduler {
                 Ok(())
             }
             Message::Said(event) => self.apply(*event).await,
+            Message::Traced { rank, gathered } => {
+                if self.core.knows(&rank) {
+                    self.record(&rank.job, Record::Spans(Process::Rank(rank.rank), gathered)).await;
+                }
+                Ok(())
+            }
             Message::Uploaded { rank, shard, trajectory, taken } => {
                 let key = trajectory.key;
                 let known = self.jobs.get_mut(&rank.job).is_some_and(|job| !job.is_first(shard, key));
@@ -326,12 +335,35 @@ impl Scheduler {
         while let Some(event) = events.pop_front() {
             metrics::counter!(names::EVENTS).increment(1);
             count(&event);
-            for decision in self.core.apply(self.now(), event) {
-                events.extend(self.carry_out(decision).await?);
+            let at_micros = unix_micros();
+            let decisions = self.core.apply(self.now(), event);
+            let decided_micros = unix_micros();
+            let deals = decisions.iter().find_map(|decision| match decision {
+                Decision::OfferShard { rank, .. } => Some(rank.job.clone()),
+                _ => None,
+            });
+            for decision in decisions {
+                events.extend(self.carry_out(decision, at_micros).await?);
+            }
+            if let Some(job) = deals {
+                self.trace_dealing(&job, [at_micros, decided_micros, unix_micros()]).await;
             }
         }
         metrics::histogram!(names::EVENT_SECONDS).record(began.elapsed().as_secs_f64());
         Ok(())
+    }
+
+    /// Adds to a job's trace that a batch was judged, and handed out: from and to when.
+    async fn trace_dealing(&mut self, job: &str, [from, judged, to]: [u64; 3]) {
+        let span = |name: &str, from: u64, to: u64| Span {
+            name: name.to_owned(),
+            lane: SCHEDULER.to_owned(),
+            start_micros: from,
+            micros: to.saturating_sub(from),
+            fields: BTreeMap::new(),
+        };
+        let spans = vec![span("advantages and shards", from, judged), span("hand out", judged, to)];
+        self.record(job, Record::Spans(Process::Coordinator, Gathered { spans, dropped: 0 })).await;
     }
 
     #[expect(clippy::cast_precision_loss, reason = "gauges are floats")]

@@ -6,6 +6,7 @@
 //!   metrics.jsonl                       sinks::jsonl writes, metrics_file reads and cuts back
 //!   trajectories/step_000001.jsonl.zst  trajectories
 //!   checkpoints/global_step_20/         checkpoints: written beside, checksummed, renamed
+//!   trace/step_000001.json              trace: where the time went
 //!   logs/                               of the ranks
 //! ```
 //! Everything here blocks; the recorder's thread and `spawn_blocking` call it.
@@ -15,6 +16,7 @@ pub mod curve;
 pub mod metrics_file;
 pub mod run_dir;
 pub mod summary;
+pub mod trace;
 pub mod trajectories;
 
 use std::io::Write;

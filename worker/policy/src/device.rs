@@ -11,8 +11,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use agentfly_common::ids::PolicyVersion;
 use agentfly_common::sampling::Generation;
+use agentfly_common::telemetry::TRACE;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
+use tracing::field::Empty;
+use tracing::info_span;
 
 use crate::engine::{Engine, EngineError, TurnRequest};
 use crate::model::Decoder;
@@ -299,7 +302,8 @@ impl<S> Worker<S> {
             !asker.reply.is_closed()
         });
         let Device { decoder, engine, policy_version, .. } = device;
-        let outcome = catch_unwind(AssertUnwindSafe(|| engine.step(decoder, *policy_version)));
+        let step = || traced(engine, |engine| engine.step(decoder, *policy_version));
+        let outcome = catch_unwind(AssertUnwindSafe(step));
         let failure = match outcome {
             Ok(Ok(ended)) => {
                 for (chain, result) in ended {
@@ -335,6 +339,28 @@ impl<S> Worker<S> {
             }
         }
     }
+}
+
+/// One round of the engine as a span of the device's lane, named after what it computed.
+fn traced<T>(engine: &mut Engine, round: impl FnOnce(&mut Engine) -> T) -> T {
+    let span = info_span!(
+        target: TRACE, "round", lane = "device", steps = 1, title = Empty, prefill_tokens = Empty, decode_tokens = Empty
+    );
+    if span.is_disabled() {
+        return round(engine);
+    }
+    let before = engine.stats();
+    let done = span.in_scope(|| round(engine));
+    let after = engine.stats();
+    let prefilled = after.prefill_tokens - before.prefill_tokens;
+    let decoded = after.decode_tokens - before.decode_tokens;
+    let title = match (prefilled, decoded) {
+        (0, _) => "decode",
+        (_, 0) => "prefill",
+        _ => "prefill and decode",
+    };
+    span.record("title", title).record("prefill_tokens", prefilled).record("decode_tokens", decoded);
+    done
 }
 
 /// What a panic said.

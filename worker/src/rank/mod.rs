@@ -22,15 +22,18 @@ use std::time::Duration;
 
 use agentfly_common::error::Whose;
 use agentfly_common::secret::Secret;
+use agentfly_common::telemetry::TRACE;
+use agentfly_common::telemetry::spans::{Gathered, Spans};
 use agentfly_proto::v1::{
-    Fault, RankCommand, RankHeartbeat, RankHello, RankId, RankMessage, rank_command::Kind as Command,
-    rank_message::Kind as Say,
+    Fault, Purpose, RankCommand, RankHeartbeat, RankHello, RankId, RankMessage,
+    rank_command::Kind as Command, rank_message::Kind as Say,
 };
 use anyhow::anyhow;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::SendTimeoutError;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
+use tracing::{Instrument as _, info_span};
 
 use crate::connection::Connection;
 pub use activity::Activity;
@@ -65,6 +68,8 @@ pub struct RankOptions {
     pub ranks_on_node: u32,
     /// Where other ranks reach it.
     pub address: Address,
+    /// Where its spans gather.
+    pub spans: Spans,
 }
 
 /// The way to the coordinator: cheap to clone, held by everything that reports.
@@ -78,9 +83,24 @@ pub struct Reporter {
     pub id: RankId,
     /// What is being done.
     pub activity: Activity,
+    /// What has been done, and how long it took.
+    pub spans: Spans,
 }
 
 impl Reporter {
+    /// Sends the spans that have ended, then what is to be said of the work they were: so a step's spans come
+    /// before its end.
+    ///
+    /// # Errors
+    /// As [`Self::say`].
+    async fn report(&self, kind: Say) -> anyhow::Result<()> {
+        let gathered = self.spans.take();
+        if gathered != Gathered::default() {
+            self.say(Say::Spans(gathered.into())).await?;
+        }
+        self.say(kind).await
+    }
+
     /// Queues a message; waits while the session is slow, at most a minute.
     ///
     /// # Errors
@@ -134,7 +154,8 @@ pub async fn run(options: RankOptions) -> anyhow::Result<()> {
     let connection = Connection::dial(&options.coordinator, options.token.expose()).await?;
     let (outbox, messages) = mpsc::channel(OUTBOX);
     let activity = Activity::new("joining");
-    let reporter = Reporter { outbox, connection, id: options.id.clone(), activity };
+    let (id, spans) = (options.id.clone(), options.spans.clone());
+    let reporter = Reporter { outbox, connection, id, activity, spans };
     let hello = RankHello { rank: Some(options.id.clone()), pid: std::process::id() };
     reporter.say(Say::Hello(hello)).await?;
     let mut cluster = reporter.connection.cluster();
@@ -204,7 +225,13 @@ async fn obey(
                         desk = Desk::Preparing(Vec::new());
                         let (options, reporter) = (options.clone(), reporter.clone());
                         work.spawn(async move {
-                            Ok(Done::Job(Box::new(setup::prepare(&options, &reporter, prepare).await?)))
+                            let span = info_span!(target: TRACE, "prepare", lane = "rank");
+                            let (job, say) =
+                                setup::prepare(&options, &reporter, prepare).instrument(span).await?;
+                            if let Some(say) = say {
+                                reporter.report(say).await.map_err(RankError::outside)?;
+                            }
+                            Ok(Done::Job(Box::new(job)))
                         });
                     }
                     Some(command) => {
@@ -264,16 +291,36 @@ impl<J> Desk<J> {
 fn begin(command: Command, job: Arc<Job>, work: &mut JoinSet<Result<Done, RankError>>, reporter: &Reporter) {
     let reporter = reporter.clone();
     work.spawn(async move {
-        match command {
-            Command::FormGroup(form) => setup::form_group(&job, &reporter, form).await?,
-            Command::RunRollout(rollout) => rollout::run(job, reporter, rollout).await?,
-            Command::RunTrain(train) => train::run(&job, &reporter, train).await?,
-            Command::WriteCheckpoint(write) => checkpoint::write(&job, &reporter, write).await?,
-            // The session's own.
-            Command::Prepare(_) | Command::Stop(_) => {}
-        }
+        let say = obey_one(command, job, &reporter).await?;
+        reporter.report(say).await.map_err(RankError::outside)?;
         Ok(Done::Reported)
     });
+}
+
+/// Does the work of one command, as a span of the rank's lane; returns what to report of it.
+async fn obey_one(command: Command, job: Arc<Job>, reporter: &Reporter) -> Result<Say, RankError> {
+    match command {
+        Command::FormGroup(form) => {
+            let span = info_span!(target: TRACE, "join the group", lane = "rank");
+            setup::form_group(&job, reporter, form).instrument(span).await
+        }
+        Command::RunRollout(rollout) => {
+            let title = if rollout.purpose() == Purpose::Validation { "validation" } else { "rollout" };
+            let span = info_span!(target: TRACE, "rollout", lane = "rank", title, step = rollout.step);
+            rollout::run(job, reporter.clone(), rollout).instrument(span).await
+        }
+        Command::RunTrain(train) => {
+            let span = info_span!(target: TRACE, "train", lane = "rank", step = train.step);
+            train::run(&job, reporter, train).instrument(span).await
+        }
+        Command::WriteCheckpoint(write) => {
+            let span = info_span!(target: TRACE, "write the checkpoint", lane = "rank", step = write.step);
+            checkpoint::write(&job, reporter, write).instrument(span).await
+        }
+        Command::Prepare(_) | Command::Stop(_) => {
+            Err(RankError::us(anyhow!("{command:?} is the session's own to obey")))
+        }
+    }
 }
 
 /// Says that the rank lives and what it does, until the session is gone.
@@ -320,6 +367,7 @@ mod tests {
             threads: 1,
             ranks_on_node: 1,
             address: Address("10.0.0.1".into()),
+            spans: Spans::default(),
         };
         let printed = format!("{options:?}");
         assert!(printed.contains("head:6379") && !printed.contains("hunter2"), "{printed}");

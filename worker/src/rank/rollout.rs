@@ -11,6 +11,7 @@ use std::time::Duration;
 use agentfly_agent::chain::{ChainError, ChainSpec, question_of, run_chain};
 use agentfly_common::ids::{ChainKey, PolicyVersion, Purpose};
 use agentfly_common::sampling::SamplingParams;
+use agentfly_common::telemetry::TRACE;
 use agentfly_common::trajectory::{FinishReason, Outcome, Trajectory};
 use agentfly_common::wire::chunks;
 use agentfly_proto::v1::{
@@ -22,6 +23,7 @@ use prost::Message as _;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tracing::{Instrument as _, info_span};
 
 use super::{Job, RankError, Reporter};
 
@@ -33,8 +35,8 @@ const UPLOAD_DEADLINE: Duration = Duration::from_secs(60);
 /// No deadline is further away: sums of instants must not overflow.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Runs a shard to its end and reports it.
-pub(super) async fn run(job: Arc<Job>, reporter: Reporter, shard: RunRollout) -> Result<(), RankError> {
+/// Runs a shard to its end; what to report of it.
+pub(super) async fn run(job: Arc<Job>, reporter: Reporter, shard: RunRollout) -> Result<Say, RankError> {
     let started = Instant::now();
     let purpose = Purpose::try_from(shard.purpose()).map_err(RankError::us)?;
     let version = PolicyVersion(shard.policy_version);
@@ -51,8 +53,15 @@ pub(super) async fn run(job: Arc<Job>, reporter: Reporter, shard: RunRollout) ->
         running.spawn(async move {
             let _permit =
                 permits.acquire().await.context("the semaphore is never closed").map_err(RankError::us)?;
-            let trajectory = run_chain(&spec, &job.chain_deps).await.map_err(chain_error)?;
-            upload(&reporter, shard_id, &trajectory).await?;
+            let title = format!("chain {}.{}", spec.key.group, spec.key.chain);
+            let chain = async {
+                let trajectory = run_chain(&spec, &job.chain_deps).await.map_err(chain_error)?;
+                let upload = upload(&reporter, shard_id, &trajectory);
+                upload.instrument(info_span!(target: TRACE, "upload")).await?;
+                Ok::<_, RankError>(trajectory)
+            };
+            let trajectory =
+                chain.instrument(info_span!(target: TRACE, "chain", lane = "chain", title)).await?;
             let timed_out = trajectory.outcome == Outcome::Finished { reason: FinishReason::Timeout };
             Ok::<_, RankError>((trajectory.sampled_tokens(), timed_out))
         });
@@ -73,13 +82,7 @@ pub(super) async fn run(job: Arc<Job>, reporter: Reporter, shard: RunRollout) ->
         ("rollout/chains_total".to_owned(), total as f64),
         ("rollout/timeout_chains_total".to_owned(), f64::from(timeouts)),
     ];
-    reporter
-        .say(Say::RolloutDone(RolloutDone {
-            shard_id: shard.shard_id,
-            metrics: metrics.into_iter().collect(),
-        }))
-        .await
-        .map_err(RankError::outside)
+    Ok(Say::RolloutDone(RolloutDone { shard_id: shard.shard_id, metrics: metrics.into_iter().collect() }))
 }
 
 /// One spec per chain of the shard.

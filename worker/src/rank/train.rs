@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use agentfly_common::batch::TrainShard;
 use agentfly_common::ids::PolicyVersion;
+use agentfly_common::telemetry::TRACE;
 use agentfly_policy::learner::LearnerError;
 use agentfly_proto::v1::{
     self as pb, FetchTrainShardRequest, RunTrain, TrainDone, rank_message::Kind as Say,
@@ -11,6 +12,7 @@ use agentfly_proto::v1::{
 use anyhow::{Context as _, anyhow};
 use backon::{ExponentialBuilder, Retryable as _};
 use prost::Message as _;
+use tracing::{Instrument as _, info_span};
 
 use super::{Job, RankError, Reporter};
 
@@ -19,20 +21,20 @@ const FETCH_TRIES: usize = 4;
 /// How long a batch may take to arrive, all tries together.
 const FETCH_DEADLINE: Duration = Duration::from_secs(300);
 
-/// Trains on one step's shard and reports figures, new version and hash.
-pub(super) async fn run(job: &Job, reporter: &Reporter, train: RunTrain) -> Result<(), RankError> {
+/// Trains on one step's shard; what to report: figures, new version and hash.
+pub(super) async fn run(job: &Job, reporter: &Reporter, train: RunTrain) -> Result<Say, RankError> {
     job.check_version(PolicyVersion(train.policy_version)).await?;
     reporter.activity.set(format!("fetching the batch of step {}", train.step));
-    let shard = fetch(reporter, train.step).await?;
+    let span = info_span!(target: TRACE, "fetch the batch");
+    let shard = fetch(reporter, train.step).instrument(span).await?;
     reporter.activity.set(format!("training step {}", train.step));
     let (metrics, version, hash) = job.train(shard).await?;
-    let done = TrainDone {
+    Ok(Say::TrainDone(TrainDone {
         step: train.step,
         policy_version: version.0,
         weights_hash: hash,
         metrics: metrics.into_iter().collect(),
-    };
-    reporter.say(Say::TrainDone(done)).await.map_err(RankError::outside)
+    }))
 }
 
 /// Fetches this rank's part of a step's batch, from the start again where the way breaks.

@@ -2,8 +2,10 @@
 
 use agentfly_common::ids::ChainKey;
 use agentfly_common::sampling::{Generation, StopReason};
+use agentfly_common::telemetry::TRACE;
 use agentfly_common::trajectory::{FinishReason, Message, Outcome, Reward, Role, Timings, Trajectory};
 use tokio::time::Instant;
+use tracing::{Instrument as _, info_span};
 
 use super::record::Record;
 use super::state::{AfterTurn, Limits};
@@ -183,10 +185,14 @@ impl<'a> Run<'a> {
             seed: spec.seed.turn("sample", &spec.key, turn),
         };
         let fault = |fault| Stop::Fault(format!("turn {turn}: {fault}"));
-        let admitted = self.clock.stand_still(self.deps.generator.admit(input));
+        let admit = self.deps.generator.admit(input);
+        let admit = admit.instrument(info_span!(target: TRACE, "wait for the engine", turn));
+        let admitted = self.clock.stand_still(admit);
         let admitted = self.clock.within_step(admitted).await;
         let sampling = admitted.map_err(|_| self.step_over("room in the rollout engine"))?.map_err(fault)?;
-        let sampled = self.clock.within_step(sampling.until(self.clock.own_deadline())).await;
+        let sampled = sampling.until(self.clock.own_deadline());
+        let sampled = sampled.instrument(info_span!(target: TRACE, "generate", turn));
+        let sampled = self.clock.within_step(sampled).await;
         sampled.map_err(|_| self.step_over(ENGINE))?.map_err(fault)
     }
 
@@ -200,7 +206,9 @@ impl<'a> Run<'a> {
             let seed = seed.wrapping_add(index as u64);
             let context = ToolContext { chain: spec.key, turn, seed, clock: &self.clock };
             let asked = Instant::now();
-            let answered = self.clock.within(self.deps.tools.call(call, context)).await;
+            let called = self.deps.tools.call(call, context);
+            let called = called.instrument(info_span!(target: TRACE, "tool", title = call.name, turn));
+            let answered = self.clock.within(called).await;
             self.timings.tool_seconds += asked.elapsed().as_secs_f64();
             let answered = answered.map_err(|overdue| match overdue {
                 Overdue::Own => Stop::OutOfTime("a tool"),
@@ -266,7 +274,8 @@ impl<'a> Run<'a> {
             clock: &self.clock,
         };
         let asked = Instant::now();
-        let scored = self.clock.within_reward(function.score(input)).await;
+        let scored = function.score(input).instrument(info_span!(target: TRACE, "reward"));
+        let scored = self.clock.within_reward(scored).await;
         let seconds = asked.elapsed().as_secs_f64();
         self.timings.reward_seconds = seconds;
         let scored = scored.map_err(|overdue| match overdue {

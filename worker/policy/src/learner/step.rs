@@ -3,7 +3,9 @@
 use std::time::Instant;
 
 use agentfly_common::batch::{MiniBatch, TrainRow, TrainShard};
+use agentfly_common::telemetry::TRACE;
 use tch::{Kind, Tensor};
+use tracing::info_span;
 
 use super::Learner;
 use super::aggregate::Denominators;
@@ -104,10 +106,14 @@ impl Learner {
         let mut sums = StepSums { tokens, ..StepSums::default() };
         let started = Instant::now();
         let reference: Vec<Option<LogProbs>> = match &self.reference {
-            Some(reference) if self.config.use_kl_loss => prepared
-                .iter()
-                .map(|p| self.log_probs(reference, &p.rows).map(Some))
-                .collect::<Result<_, _>>()?,
+            Some(reference) if self.config.use_kl_loss => {
+                info_span!(target: TRACE, "reference").in_scope(|| {
+                    prepared
+                        .iter()
+                        .map(|p| self.log_probs(reference, &p.rows).map(Some))
+                        .collect::<Result<_, _>>()
+                })?
+            }
             _ => prepared.iter().map(|_| None).collect(),
         };
         sums.phases.reference = started.elapsed().as_secs_f64();
@@ -117,10 +123,9 @@ impl Learner {
         let single = prepared.len() == 1 && self.config.ppo_epochs == 1;
         let old: Vec<Option<LogProbs>> = match single {
             true => vec![None],
-            false => prepared
-                .iter()
-                .map(|p| self.log_probs(decoder, &p.rows).map(Some))
-                .collect::<Result<_, _>>()?,
+            false => info_span!(target: TRACE, "old log-probs").in_scope(|| {
+                prepared.iter().map(|p| self.log_probs(decoder, &p.rows).map(Some)).collect::<Result<_, _>>()
+            })?,
         };
         sums.phases.old_log_prob = started.elapsed().as_secs_f64();
         for (p, old) in prepared.iter().zip(&old) {
@@ -155,6 +160,7 @@ impl Learner {
     ) -> Result<(), LearnerError> {
         let started = Instant::now();
         let mut totals = [0.0; UPDATE_SUMS];
+        let traced = info_span!(target: TRACE, "forward and backward").entered();
         let spans: Vec<usize> = prepared.rows.iter().map(Row::span).collect();
         self.optimizer.zero_grad()?;
         let mut current: LogProbs = vec![Vec::new(); prepared.rows.len()];
@@ -171,6 +177,7 @@ impl Learner {
                 rest = others;
             }
         }
+        drop(traced);
         sums.phases.forward_backward += started.elapsed().as_secs_f64();
         if old.is_none() {
             compare(prepared, &current, sums);
