@@ -85,3 +85,27 @@ fn a_chain_shares_no_more_of_its_prompt_than_its_group_mate_has_computed() {
         }
     }
 }
+
+#[test]
+fn a_queued_turns_cache_does_not_stop_a_running_one() {
+    let decoder = model("llama", 2);
+    // Four pages of 64 tokens in all, for one chain at a time.
+    let config =
+        EngineConfig { max_slots: 1, cache_tokens: 256, max_tokens_per_chain: 256, max_prefill_tokens: 64 };
+    let mut engine = Engine::new(config, decoder.config());
+    let (elder, younger, observation) = (text(130, 1), text(150, 2), text(10, 3));
+    engine.submit(turn(0, None, elder.clone(), 4)).expect("it fits");
+    let first = run(&mut engine, &decoder).remove(&0).expect("its turn ended");
+    // The elder's three pages stay its own while its next turn waits behind the younger chain, which needs three.
+    engine.submit(turn(1, None, younger.clone(), 20)).expect("it fits");
+    engine.submit(turn(0, None, observation.clone(), 4)).expect("it fits");
+    let mut ended = BTreeMap::new();
+    for _ in 0..200 {
+        let of_step = engine.step(&decoder, PolicyVersion(3)).expect("the forward pass works");
+        ended.extend(of_step.into_iter().map(|(chain, result)| (chain, result.expect("the turn works"))));
+    }
+    assert!(!engine.has_work(), "{:?}", engine.stats());
+    assert_scored(&decoder, &younger, &ended[&1], "the younger");
+    let before = [elder, first.ids, observation].concat();
+    assert_scored(&decoder, &before, &ended[&0], "the elder's second turn");
+}

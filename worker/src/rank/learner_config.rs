@@ -121,7 +121,7 @@ mod tests {
         assert_eq!(learner.temperature, 0.8);
         assert!(learner.shard_optimizer, "the default");
         let whole = resolved(&["actor_rollout_ref.actor.fsdp_config.fsdp_size=1"]);
-        assert!(!learner_config(&whole, 1).shard_optimizer);
+        assert!(!learned(&whole, 1).shard_optimizer);
     }
 
     #[test]

@@ -182,7 +182,7 @@ fn adamw(weight: &mut Tensor) {
     let params = [weight.shallow_clone()];
     let state = AdamWState { params: &params, grads: &lists[0], exp_avgs: &lists[1], exp_avg_sqs: &lists[2] };
     let hyper = AdamWHyper { lr: 0.1, beta1: 0.9, beta2: 0.99, weight_decay: 0.1, eps: 1e-8 };
-    fused_adamw(state, 1, &hyper).unwrap();
+    fused_adamw(state, 1, &hyper, None).unwrap();
 }
 
 #[test]

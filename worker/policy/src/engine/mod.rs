@@ -76,7 +76,7 @@ pub struct EngineStats {
     pub shared_tokens: u64,
     /// Tokens sampled.
     pub decode_tokens: u64,
-    /// Idle chains that lost their cache to another.
+    /// Chains that were not running and lost their cache to another.
     pub evictions: u64,
     /// Running chains that were paused and lost theirs, to be prefilled again.
     pub preemptions: u64,

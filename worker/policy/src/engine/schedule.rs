@@ -1,7 +1,8 @@
 //! Who gets a slot, which tokens a step computes, and who loses its pages when the cache is full.
 //!
-//! What must stay true: chains get slots in the order they came; a chain only ever takes pages from idle chains and
-//! from younger ones, so the oldest always goes on and none waits for ever; tokens are computed in order.
+//! What must stay true: chains get slots in the order they came; a running chain takes pages from those that do not
+//! run and from younger ones that do, so the oldest that runs always goes on and none waits for ever; tokens are
+//! computed in order.
 
 use agentfly_c10d::ops::PAGE_TOKENS;
 
@@ -26,8 +27,9 @@ impl Engine {
         while self.active.len() < self.config.max_slots {
             let Some(&id) = self.queue.front() else { return };
             let needed = self.chains.get(&id).map_or(0, |c| pages_for(c.tokens.len() + 1) - c.pages.len());
-            let idle = self.chains.values().filter(|c| c.turn.is_none()).map(|c| c.pages.len());
-            let may_come = self.cache.available() + idle.sum::<usize>();
+            let others =
+                self.chains.iter().filter(|(other, _)| **other != id && !self.active.contains(other));
+            let may_come = self.cache.available() + others.map(|(_, c)| c.pages.len()).sum::<usize>();
             // Alone it gets what it needs, whoever has it now.
             if needed > may_come && !self.active.is_empty() {
                 return;
@@ -131,21 +133,24 @@ impl Engine {
         Ok(true)
     }
 
-    /// A page: a free one, else from the youngest idle chain, else from the youngest running one that is younger.
+    /// A page: a free one, else from the youngest idle chain, else from the youngest whose turn waits for a slot, else
+    /// from the youngest running one that is younger.
     fn take_page(&mut self, id: u64) -> Result<Option<usize>, ModelError> {
         let born = self.chains.get(&id).map_or(0, |c| c.born);
         loop {
             if let Some(page) = self.cache.take()? {
                 return Ok(Some(page));
             }
-            let holders = self.chains.iter().filter(|(_, c)| !c.pages.is_empty());
-            let idle = holders.clone().filter(|(other, c)| c.turn.is_none() && **other != id);
-            if let Some(victim) = idle.max_by_key(|(_, c)| c.born).map(|(id, _)| *id) {
+            let holders = self.chains.iter().filter(|(other, c)| !c.pages.is_empty() && **other != id);
+            let (running, still): (Vec<_>, Vec<_>) =
+                holders.partition(|(other, _)| self.active.contains(other));
+            let still = still.into_iter().max_by_key(|(_, c)| (c.turn.is_none(), c.born));
+            if let Some(victim) = still.map(|(id, _)| *id) {
                 self.drop_cache(victim);
                 self.stats.evictions += 1;
                 continue;
             }
-            let younger = holders.filter(|(_, c)| c.turn.is_some() && c.born > born);
+            let younger = running.into_iter().filter(|(_, c)| c.born > born);
             let Some(victim) = younger.max_by_key(|(_, c)| c.born).map(|(id, _)| *id) else {
                 return Ok(None);
             };

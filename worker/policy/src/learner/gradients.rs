@@ -21,7 +21,7 @@ impl Learner {
                 Ok(own)
             })
         };
-        let slots = &self.optimizer.slots;
+        let slots = &self.optimizer.shards.slots;
         slots.iter().map(|slot| Ok((slot.name.clone(), copy(slot.of(&self.optimizer.grad)?)?))).collect()
     }
 }
