@@ -227,7 +227,11 @@ impl Recorder {
                     self.answer(Recorded::Committed { job, step, result });
                 }
                 Record::End { end, seconds } => {
-                    self.end(end, seconds);
+                    let summary_json = self.end(&end, seconds);
+                    let (job, answers) = (self.job.clone(), self.answers.clone());
+                    // The run's folder is free before anyone hears of the end: the next job may ask for it at once.
+                    drop(self);
+                    answers.owed(&job, Recorded::Ended { job: job.clone(), end, summary_json });
                     return Ok(());
                 }
             }
@@ -287,12 +291,13 @@ impl Recorder {
         committed.map_err(|error| checkpoint_fault(error, self.run_dir.checkpoints().dir()))
     }
 
-    fn end(&mut self, end: JobEnd, seconds: f64) {
+    /// Writes what is left to write; the summary, as it was written, or nothing where the run was over before.
+    fn end(&mut self, end: &JobEnd, seconds: f64) -> String {
         if let Err(error) = self.trace.end(unix_micros()) {
             self.trouble(error);
         }
         if self.is_done {
-            return self.answer(Recorded::Ended { job: self.job.clone(), end, summary_json: String::new() });
+            return String::new();
         }
         let lines = metrics_file::read(&self.run_dir.metrics()).unwrap_or_else(|error| {
             self.trouble(error);
@@ -330,7 +335,7 @@ impl Recorder {
         if let Err(error) = curve::write(&self.run_dir.path().join("reward_curve.svg"), &title, &lines) {
             self.trouble(error);
         }
-        self.answer(Recorded::Ended { job: self.job.clone(), end, summary_json: json });
+        json
     }
 }
 

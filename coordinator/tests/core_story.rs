@@ -342,7 +342,10 @@ fn a_training_step_and_a_checkpoint_that_take_too_long_name_their_key() {
     world.silent.clear();
     world.run(LONG);
     let detail = &world.ended["job-1"].detail;
-    assert!(detail.starts_with("step 1: waiting for rank 0 to write the checkpoint; it "), "{detail}");
+    assert!(
+        detail.starts_with("step 1: waiting for rank 0 to write its part of the checkpoint; it "),
+        "{detail}"
+    );
     let end = "; trainer.checkpoint_timeout_seconds=200 is over: is the disk full or slow?";
     assert!(detail.ends_with(end), "{detail}");
     assert!(world.now > Duration::from_secs(200), "{:?}", world.now);

@@ -319,7 +319,7 @@ mod tests {
                     }
                     .instrument(info_span!(target: TRACE, "chain", lane = "chain", chain = i))
                 };
-                tokio::join!(chain(0), chain(1));
+                tokio::join!(biased; chain(0), chain(1));
                 chain(2).await;
             });
             info_span!(target: "elsewhere", "not ours").in_scope(|| {

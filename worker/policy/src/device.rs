@@ -364,7 +364,7 @@ fn traced<T>(engine: &mut Engine, round: impl FnOnce(&mut Engine) -> T) -> T {
 }
 
 /// What a panic said.
-fn panic_text(panic: &(dyn Any + Send)) -> String {
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
     match (panic.downcast_ref::<String>(), panic.downcast_ref::<&str>()) {
         (Some(text), _) => text.lines().next().unwrap_or_default().to_owned(),
         (None, Some(text)) => (*text).to_owned(),

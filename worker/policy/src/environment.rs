@@ -8,7 +8,8 @@ use std::os::unix::process::CommandExt as _;
 /// Read once, before `main`, by the libraries below libtorch: it can only be given to a new process.
 ///
 /// - glibc hands big blocks back to the kernel at once and takes them again page by page; training allocates and
-///   frees gigabytes a second, so that costs more than the arithmetic. Keep them instead.
+///   frees gigabytes a second, so that costs more than the arithmetic. Keep them instead, in pages of 2 MiB: a decode
+///   step reads all weights and the cache once, and finding small pages takes a fourth of its attention's time.
 /// - OpenMP's threads spin while they wait for each other. Where anything else wants a core that slows a step down
 ///   many times over; asleep at once, they take longer to wake than a decode step's operators last. Spin for up to
 ///   half a millisecond, then sleep.
@@ -17,7 +18,7 @@ const FOR_LIBTORCH: [(&str, &str); 3] = [
     (
         "GLIBC_TUNABLES",
         "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592:\
-         glibc.malloc.top_pad=67108864",
+         glibc.malloc.top_pad=67108864:glibc.malloc.hugetlb=1",
     ),
     ("GOMP_SPINCOUNT", "10000"),
     ("TORCH_CPP_LOG_LEVEL", "ERROR"),

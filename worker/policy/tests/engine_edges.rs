@@ -1,4 +1,4 @@
-//! The engine where its cache grows, and where a chain takes over a prompt that is only half computed.
+//! The engine where prompts take several steps, are shared half computed, and where its cache is full.
 
 mod support;
 
@@ -36,7 +36,7 @@ fn assert_scored(decoder: &Decoder, prompt: &[u32], generation: &Generation, wha
 }
 
 #[test]
-fn a_chain_that_outgrows_the_first_cache_keeps_what_was_cached() {
+fn a_prompt_longer_than_a_step_is_computed_in_parts_beside_others() {
     for family in FAMILIES {
         let decoder = model(family, 1);
         let config = EngineConfig {
@@ -108,4 +108,67 @@ fn a_queued_turns_cache_does_not_stop_a_running_one() {
     assert_scored(&decoder, &younger, &ended[&1], "the younger");
     let before = [elder, first.ids, observation].concat();
     assert_scored(&decoder, &before, &ended[&0], "the elder's second turn");
+}
+
+/// Steps until every turn has ended; who ended, in order.
+fn order_of_ends(engine: &mut Engine, decoder: &Decoder) -> Vec<u64> {
+    let mut order = Vec::new();
+    for _ in 0..2000 {
+        let of_step = engine.step(decoder, PolicyVersion(3)).expect("the forward pass works");
+        order.extend(
+            of_step.into_iter().map(|(chain, result)| result.map(|_| chain).expect("the turn works")),
+        );
+    }
+    assert!(!engine.has_work(), "{:?}", engine.stats());
+    order
+}
+
+#[test]
+fn chains_wait_for_a_slot_rather_than_take_each_others_cache() {
+    let decoder = model("llama", 2);
+    // Eight pages: two chains of 100 tokens, with room to grow, at a time.
+    let config =
+        EngineConfig { max_slots: 6, cache_tokens: 512, max_tokens_per_chain: 256, max_prefill_tokens: 64 };
+    let mut engine = Engine::new(config, decoder.config());
+    for chain in 0..6 {
+        engine.submit(turn(chain.into(), None, text(100, chain), 20)).expect("it fits");
+    }
+    assert_eq!(order_of_ends(&mut engine, &decoder), [0, 1, 2, 3, 4, 5]);
+    let stats = engine.stats();
+    // Nothing was computed twice.
+    assert_eq!((stats.preemptions, stats.prefill_tokens), (0, 6 * 99), "{stats:?}");
+}
+
+#[test]
+fn of_chains_that_outgrow_the_cache_the_oldest_ends_first() {
+    let decoder = model("llama", 2);
+    // Six pages: all three fit at first, and one alone comes to four.
+    let config =
+        EngineConfig { max_slots: 3, cache_tokens: 384, max_tokens_per_chain: 256, max_prefill_tokens: 64 };
+    let mut engine = Engine::new(config, decoder.config());
+    let prompts: Vec<Vec<u32>> = (0..3).map(|chain| text(30, chain)).collect();
+    for (chain, prompt) in (0..).zip(&prompts) {
+        engine.submit(turn(chain, None, prompt.clone(), 200)).expect("it fits");
+    }
+    assert_eq!(order_of_ends(&mut engine, &decoder), [0, 1, 2]);
+    assert!(engine.stats().preemptions >= 2, "{:?}", engine.stats());
+}
+
+#[test]
+fn chains_of_other_groups_share_whole_pages_of_a_common_beginning() {
+    let decoder = model("llama", 2);
+    let config =
+        EngineConfig { max_slots: 4, cache_tokens: 2048, max_tokens_per_chain: 256, max_prefill_tokens: 512 };
+    let mut engine = Engine::new(config, decoder.config());
+    let system = text(130, 1);
+    let prompts: Vec<Vec<u32>> =
+        (0..3).map(|group| [system.clone(), text(20, 10 + group)].concat()).collect();
+    for (chain, prompt) in (0..).zip(&prompts) {
+        engine.submit(turn(chain, Some(chain), prompt.clone(), 5)).expect("it fits");
+    }
+    let ended = run(&mut engine, &decoder);
+    assert_eq!(engine.stats().shared_tokens, 2 * 128);
+    for (chain, prompt) in (0..).zip(&prompts) {
+        assert_scored(&decoder, prompt, &ended[&chain], &format!("chain {chain}"));
+    }
 }

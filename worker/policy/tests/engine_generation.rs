@@ -154,10 +154,9 @@ fn a_group_computes_its_prompt_once() {
         results.push(run(&mut engine, &decoder));
         let stats = engine.stats();
         let once = prompt.len() as u64 - 1;
-        match group {
-            None => assert_eq!((stats.prefill_tokens, stats.shared_tokens), (8 * once, 0)),
-            Some(_) => assert_eq!((stats.prefill_tokens, stats.shared_tokens), (once, 7 * once)),
-        }
+        // Others share whole pages only.
+        let shared = if group.is_some() { once } else { 64 };
+        assert_eq!((stats.prefill_tokens, stats.shared_tokens), (8 * once - 7 * shared, 7 * shared));
     }
     for chain in 0..8 {
         assert_eq!(results[0][&chain].ids, results[1][&chain].ids);
@@ -172,10 +171,10 @@ fn a_chain_that_lost_its_cache_goes_on_from_its_tokens() {
     let script = |cache_tokens: usize| {
         let mut engine = engine_with_cache(&decoder, 6, cache_tokens);
         let mut said: BTreeMap<u64, Generation> = BTreeMap::new();
-        for round in 0..3_u32 {
+        for round in 0..2_u32 {
             for chain in 0..6 {
                 let new = text(40 + chain as usize, round * 10 + chain as u32);
-                engine.submit(turn(chain, new, sampled(25))).unwrap();
+                engine.submit(turn(chain, new, sampled(140))).unwrap();
             }
             for (chain, generation) in run(&mut engine, &decoder) {
                 match said.get_mut(&chain) {
@@ -195,12 +194,12 @@ fn a_chain_that_lost_its_cache_goes_on_from_its_tokens() {
     assert_eq!((before.evictions, before.preemptions, before.cache_tokens), (0, 0, 8192));
     assert_eq!(after.cache_tokens, 448, "one window is the least");
     assert!(after.evictions >= 4, "only {} evictions", after.evictions);
-    assert!(after.preemptions >= 4, "only {} running chains were paused", after.preemptions);
+    assert!(after.preemptions >= 2, "only {} running chains were paused", after.preemptions);
     assert_eq!(roomy, tight, "ids and log-probs, to the bit");
 }
 
 #[test]
-fn new_weights_are_used_at_once_and_turns_survive_the_change() {
+fn new_weights_are_used_at_once_and_no_turn_has_tokens_of_both() {
     let (old, new) = (model("qwen2", 6), model("qwen2", 7));
     let mut engine = engine(&old, 4);
     let prompt = text(20, 1);
@@ -213,11 +212,18 @@ fn new_weights_are_used_at_once_and_turns_survive_the_change() {
     }
     assert!(ended.is_empty());
     engine.forget_weights();
-    let generation = run(&mut engine, &new).remove(&1).unwrap();
-    let under_old = greedy_by_hand(&old, &prompt, 4);
-    assert_eq!(generation.ids[..4], under_old);
-    let history = [prompt, under_old].concat();
-    assert_eq!(generation.ids[4..], greedy_by_hand(&new, &history, 6));
+    let mut ended = engine.step(&new, PolicyVersion(1)).unwrap();
+    assert_eq!(ended.len(), 3, "{ended:?}");
+    let text = ended.remove(0).1.unwrap_err().to_string();
+    assert_eq!(
+        text,
+        "chain 0: token 24 comes from policy version 1, but its turn began under 0; let turns end before the weights change"
+    );
+    // The chain itself is whole: its next turn follows the tokens it has.
+    engine.submit(turn(0, vec![7], greedy(5))).unwrap();
+    let history = [prompt.clone(), greedy_by_hand(&old, &prompt, 4), vec![7]].concat();
+    let generation = run(&mut engine, &new).remove(&0).unwrap();
+    assert_eq!(generation.ids, greedy_by_hand(&new, &history, 5));
 }
 
 #[test]
@@ -248,7 +254,7 @@ fn a_cancelled_turn_leaves_the_others_alone() {
         engine.submit(turn(chain, text(12, chain as u32), greedy(9))).unwrap();
     }
     for _ in 0..3 {
-        assert!(engine.step(&decoder, PolicyVersion(0)).unwrap().is_empty());
+        assert!(engine.step(&decoder, PolicyVersion(3)).unwrap().is_empty());
     }
     engine.cancel(0);
     engine.release(2);

@@ -20,7 +20,7 @@ const TEMPERATURE: f64 = 0.7;
 /// Chains of three turns with observations between, through a cache that does not hold them all; as training rows.
 fn rollout(decoder: &Decoder) -> Vec<TrainRow> {
     let limits =
-        EngineConfig { max_slots: 5, cache_tokens: 512, max_tokens_per_chain: 300, max_prefill_tokens: 40 };
+        EngineConfig { max_slots: 5, cache_tokens: 512, max_tokens_per_chain: 400, max_prefill_tokens: 40 };
     let mut engine = Engine::new(limits, decoder.config());
     let mut rows: BTreeMap<u64, TrainRow> = BTreeMap::new();
     for round in 0..3_u32 {
@@ -44,7 +44,7 @@ fn rollout(decoder: &Decoder) -> Vec<TrainRow> {
                 temperature: TEMPERATURE,
                 top_p: 0.95,
                 top_k: None,
-                max_tokens: 12 + chain as u32,
+                max_tokens: 80 + chain as u32,
                 stop_ids: vec![],
             };
             let group = (round == 0).then_some(chain / 4);

@@ -16,8 +16,8 @@ use agentfly_policy::model::Decoder;
 use support::{full_logits, model, text};
 use tch::Kind;
 
-/// Draws of each test: enough that a token of one per cent is expected 200 times.
-const DRAWS: u64 = 20_000;
+/// Draws of each test: enough that a token of one per cent is expected 100 times.
+const DRAWS: u64 = 10_000;
 /// Chains at a time.
 const BATCH: u64 = 250;
 /// A cell expects at least this many draws, or is joined to the next: the approximation is good from five on.

@@ -65,9 +65,10 @@ AF_VECTORISED void finish_row(const float* AF_RESTRICT sums, float total, int64_
 }
 
 // Queries `q` (a token's row `stride` apart) at positions from `first` on; keys(b) and values(b) are packed blocks.
-template <class T, class Keys, class Values>
+// next_keys(b), where it is not null, is what this thread will read next.
+template <class T, class Keys, class Values, class NextKeys>
 void attend_tile(const Heads& heads, const T* q, int64_t stride, int64_t tokens, int64_t first, Keys&& keys,
-                 Values&& values, T* out, float* lse) {
+                 Values&& values, NextKeys&& next_keys, T* out, float* lse) {
   const int64_t group = heads.group(), dim = heads.dim, rows = tokens * group, wide = padded_dim(dim);
   const int64_t count = (first + tokens - 1) / kBlock + 1;
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
@@ -82,19 +83,27 @@ void attend_tile(const Heads& heads, const T* q, int64_t stride, int64_t tokens,
   const auto seen = [&](int64_t b, int64_t step) {
     return few ? std::min(kBlock, round_up(first + tokens - b * kBlock, step)) : kBlock;
   };
-  for (int64_t b = 0; b < count; b++)
+  for (int64_t b = 0; b < count; b++) {
+    if (few) fetch_ahead(values(b), value_numbers(dim) * static_cast<int64_t>(sizeof(T)));
     gemm_any_rows(rows, seen(b, 16), dim, dim, kBlock, kBlock, false, tile, keys(b), scores + b * rows * kBlock);
+  }
   for (int64_t r = 0; r < rows; r++)
     totals[r] = softmax_row(scores, rows, r, count, first + r / group + 1, scale, probs,
                             lse ? lse + r / group * heads.queries + r % group : nullptr);
   for_columns(dim, [&](int64_t c, int64_t columns, int64_t width) {
-    for (int64_t b = 0; b < count; b++)
+    for (int64_t b = 0; b < count; b++) {
+      const T* ahead = few && c == 0 ? next_keys(b) : nullptr;
+      if (ahead) fetch_ahead(ahead, key_numbers<T>(dim) * static_cast<int64_t>(sizeof(T)));
       gemm_any_rows(rows, columns, seen(b, 32), kBlock, width, wide, b > 0, probs + b * rows * kBlock,
                     values(b) + kBlock * c, sums + c);
+    }
   });
   for (int64_t r = 0; r < rows; r++)
     finish_row(sums + r * wide, totals[r], dim, out + (r / group) * heads.queries * dim + r % group * dim);
 }
+
+// Tiles of a decode step that a thread takes at a time: each but the last has its keys fetched during the one before.
+constexpr int64_t kTilesInARow = 8;
 
 // A tile to compute: its sequence, key head, first token within the new ones.
 struct Tile {
@@ -136,19 +145,17 @@ void attend_packed(const at::Tensor& qkv, const at::Tensor& starts, const Heads&
     }
   });
   const auto tiles = tiles_of(start, sequences, heads);
-  at::parallel_for(0, static_cast<int64_t>(tiles.size()), 1, [&](int64_t begin, int64_t end) {
-    auto scope = gemm_scope<T>();
-    for (int64_t i = begin; i < end; i++) {
-      const auto [s, h, t] = tiles[i];
-      const int64_t token = start[s] + t, tokens = std::min(tile_tokens(heads), start[s + 1] - token);
-      const T* blocks_of = pack + (first_block[s] * heads.keys + h) * size;
-      const auto keys = [&](int64_t b) { return blocks_of + b * heads.keys * size; };
-      const auto values = [&](int64_t b) { return blocks_of + b * heads.keys * size + key_size; };
-      const int64_t head = h * heads.group();
-      attend_tile(heads, rows + token * row + head * dim, row, tokens, t, keys, values,
-                  result + (token * heads.queries + head) * dim,
-                  lse ? lse + token * heads.queries + head : nullptr);
-    }
+  const auto nothing = [](int64_t) -> const T* { return nullptr; };
+  hand_out<T>(static_cast<int64_t>(tiles.size()), 1, [&](int64_t i, int64_t) {
+    const auto [s, h, t] = tiles[i];
+    const int64_t token = start[s] + t, tokens = std::min(tile_tokens(heads), start[s + 1] - token);
+    const T* blocks_of = pack + (first_block[s] * heads.keys + h) * size;
+    const auto keys = [&](int64_t b) { return blocks_of + b * heads.keys * size; };
+    const auto values = [&](int64_t b) { return blocks_of + b * heads.keys * size + key_size; };
+    const int64_t head = h * heads.group();
+    attend_tile(heads, rows + token * row + head * dim, row, tokens, t, keys, values, nothing,
+                result + (token * heads.queries + head) * dim,
+                lse ? lse + token * heads.queries + head : nullptr);
   });
 }
 
@@ -183,19 +190,21 @@ void store_and_attend(const at::Tensor& qkv, const Paged& paged, const Heads& he
     }
   });
   const auto tiles = tiles_of(start, sequences, heads);
-  at::parallel_for(0, static_cast<int64_t>(tiles.size()), 1, [&](int64_t begin, int64_t end) {
-    auto scope = gemm_scope<T>();
-    for (int64_t i = begin; i < end; i++) {
-      const auto [s, h, t] = tiles[i];
-      const int64_t token = start[s] + t, count = start[s + 1] - start[s];
-      const int64_t tokens = std::min(tile_tokens(heads), count - t), head = h * heads.group();
-      // Structured bindings cannot be captured before C++20.
-      const int64_t sequence = s, key_head = h;
-      const auto keys = [&](int64_t b) { return block(sequence, b, key_head); };
-      const auto values = [&](int64_t b) { return block(sequence, b, key_head) + key_size; };
-      attend_tile(heads, rows + token * row + head * dim, row, tokens, length[s] - count + t, keys, values,
-                  result + (token * heads.queries + head) * dim, static_cast<float*>(nullptr));
-    }
+  hand_out<T>(static_cast<int64_t>(tiles.size()), kTilesInARow, [&](int64_t i, int64_t end) {
+    const auto [s, h, t] = tiles[i];
+    const int64_t token = start[s] + t, count = start[s + 1] - start[s];
+    const int64_t tokens = std::min(tile_tokens(heads), count - t), head = h * heads.group();
+    // Structured bindings cannot be captured before C++20.
+    const int64_t sequence = s, key_head = h;
+    const auto keys = [&](int64_t b) { return block(sequence, b, key_head); };
+    const auto values = [&](int64_t b) { return block(sequence, b, key_head) + key_size; };
+    const auto next_keys = [&](int64_t b) -> const T* {
+      if (i + 1 == end) return nullptr;
+      const Tile& next = tiles[i + 1];
+      return b < blocks(length[next.sequence]) ? block(next.sequence, b, next.head) : nullptr;
+    };
+    attend_tile(heads, rows + token * row + head * dim, row, tokens, length[s] - count + t, keys, values, next_keys,
+                result + (token * heads.queries + head) * dim, static_cast<float*>(nullptr));
   });
 }
 

@@ -1,6 +1,9 @@
 #include "attention_backward.h"
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <vector>
 
 #include "tile.h"
 
@@ -157,20 +160,22 @@ void run_all(const at::Tensor& g, const at::Tensor& qkv, const at::Tensor& start
   const int64_t* start = starts.const_data_ptr<int64_t>();
   const int64_t tasks = (starts.size(0) - 1) * heads.keys, out_row = heads.queries * heads.dim;
   const auto in = [](const at::Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); };
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    auto scope = gemm_scope<T>();
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t s = i / heads.keys, token = start[s];
-      Task<T>{heads,
-              in(g) + token * out_row,
-              in(qkv) + token * heads.row(),
-              in(out) + token * out_row,
-              lse.const_data_ptr<float>() + token * heads.queries,
-              start[s + 1] - token,
-              i % heads.keys,
-              static_cast<T*>(dqkv.mutable_data_ptr()) + token * heads.row()}
-          .run();
-    }
+  // The longest first: the last to be handed out are short, and no thread waits long for another's.
+  std::vector<int64_t> order(starts.size(0) - 1);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return start[a + 1] - start[a] > start[b + 1] - start[b]; });
+  hand_out<T>(tasks, 1, [&](int64_t i, int64_t) {
+    const int64_t s = order[i / heads.keys], token = start[s];
+    Task<T>{heads,
+            in(g) + token * out_row,
+            in(qkv) + token * heads.row(),
+            in(out) + token * out_row,
+            lse.const_data_ptr<float>() + token * heads.queries,
+            start[s + 1] - token,
+            i % heads.keys,
+            static_cast<T*>(dqkv.mutable_data_ptr()) + token * heads.row()}
+        .run();
   });
 }
 

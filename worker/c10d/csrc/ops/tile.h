@@ -4,6 +4,8 @@
 // blocks of kBlock from its sequence's first, so a token gets the same bits whether it is decoded alone through the
 // cache or computed with its whole sequence.
 #pragma once
+#include <atomic>
+
 #include "attention.h"
 #include "gemm.h"
 
@@ -32,6 +34,18 @@ template <class T>
 AF_INLINE void gather_tile(const T* x, int64_t stride, int64_t tokens, int64_t group, int64_t dim, T* tile) {
   for (int64_t t = 0; t < tokens; t++)
     std::memcpy(static_cast<void*>(tile + t * group * dim), x + t * stride, group * dim * sizeof(T));
+}
+
+// Calls `f(i, end)` for i in 0..count on all threads, the next `at_once` (up to `end`) for whoever is free: tasks differ
+// in length, and threads with shares of equal number would wait for the longest. Give long ones first.
+template <class T, class F>
+void hand_out(int64_t count, int64_t at_once, const F& f) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    auto scope = gemm_scope<T>();
+    for (int64_t i; (i = next.fetch_add(at_once, std::memory_order_relaxed)) < count;)
+      for (const int64_t end = std::min(count, i + at_once); i < end; i++) f(i, end);
+  });
 }
 
 }  // namespace af

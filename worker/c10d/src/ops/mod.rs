@@ -21,7 +21,7 @@ use tch::{Device, Kind, Tensor};
 pub use attention::{Heads, PAGE_TOKENS, PagedStep, attention, page_numbers, paged_attention};
 pub use linear::Linear;
 pub use pointwise::{rms_norm, rope, swiglu};
-pub use vocabulary::{Draw, TokenTerms, sample, token_terms};
+pub use vocabulary::{Draw, TokenTerms, is_divisor, sample, token_terms};
 
 use crate::error::check;
 use crate::group::pointer;

@@ -39,8 +39,9 @@ fn fits(operation: &'static str, logits: &Tensor, targets: &Tensor) -> Result<()
     })
 }
 
-/// Whether logits can be divided by it in f32.
-fn is_divisor(temperature: f64) -> bool {
+/// Whether logits can be divided by this temperature: it and its inverse are f32 that are normal numbers.
+#[must_use]
+pub fn is_divisor(temperature: f64) -> bool {
     let scale = (1.0 / temperature) as f32;
     temperature > 0.0 && scale.is_normal()
 }

@@ -83,8 +83,13 @@ impl Engine {
         let chain = self.chains.get_mut(&id)?;
         let position = chain.tokens.len();
         let mut turn = chain.turn.take()?;
+        if let Some(before) = turn.sampled_by(version) {
+            return Some((id, Err(EngineError::PolicyChanged { chain: id, position, before, version })));
+        }
         if !log_prob.is_finite() {
             let (version, log_prob) = (format!("policy version {version}"), f64::from(log_prob));
+            // A NaN in its cache must not reach those that would share it.
+            self.drop_cache(id);
             return Some((id, Err(EngineError::NotFinite { chain: id, position, log_prob, version })));
         }
         chain.tokens.push(token);

@@ -40,16 +40,29 @@ pub(crate) struct Turn {
     rng: ChaCha8Rng,
     ids: Vec<u32>,
     log_probs: Vec<f32>,
+    /// Whose weights sampled them; none before the first.
+    sampled_by: Option<PolicyVersion>,
 }
 
 impl Turn {
     pub(crate) fn new(sampling: SamplingParams, seed: u64) -> Self {
-        Self { sampling, rng: ChaCha8Rng::seed_from_u64(seed), ids: Vec::new(), log_probs: Vec::new() }
+        Self {
+            sampling,
+            rng: ChaCha8Rng::seed_from_u64(seed),
+            ids: Vec::new(),
+            log_probs: Vec::new(),
+            sampled_by: None,
+        }
     }
 
     /// The stream's next number, in (0, 1].
     pub(crate) fn uniform(&mut self) -> f64 {
         1.0 - self.rng.random::<f64>()
+    }
+
+    /// Notes that `version` samples this turn's next token. Another version, if it sampled the tokens before.
+    pub(crate) fn sampled_by(&mut self, version: PolicyVersion) -> Option<PolicyVersion> {
+        self.sampled_by.replace(version).filter(|before| *before != version)
     }
 
     /// Adds a sampled token; says whether, and why, the turn ends with it.

@@ -19,7 +19,7 @@ mod schedule;
 
 use std::collections::{BTreeMap, VecDeque};
 
-use agentfly_c10d::ops::PAGE_TOKENS;
+use agentfly_c10d::ops::{PAGE_TOKENS, is_divisor};
 use agentfly_common::ids::PolicyVersion;
 use agentfly_common::sampling::{Generation, SamplingParams, StopReason};
 
@@ -45,7 +45,8 @@ pub struct EngineConfig {
 pub struct TurnRequest {
     /// The chain.
     pub chain: u64,
-    /// Chains of the same group begin with the same prompt, which is computed once for all of them.
+    /// Chains of the same group begin with the same prompt, which is computed once for all of them; others share whole
+    /// pages of what they have in common.
     pub group: Option<u64>,
     /// What was added since this chain's last turn: its prompt, or a tool's observation.
     pub new_tokens: Vec<u32>,
@@ -72,7 +73,7 @@ pub struct EngineStats {
     pub steps: u64,
     /// Tokens whose keys and values were computed by prefill.
     pub prefill_tokens: u64,
-    /// Tokens whose keys and values were shared by a chain of the same group instead.
+    /// Tokens whose keys and values were shared by another chain instead.
     pub shared_tokens: u64,
     /// Tokens sampled.
     pub decode_tokens: u64,
@@ -135,6 +136,21 @@ pub enum EngineError {
         /// The weights, as `policy version N`.
         version: String,
     },
+    /// The weights changed while a turn ran: its tokens would have two policies, and the loss can name one.
+    #[error(
+        "chain {chain}: token {position} comes from policy version {version}, but its turn began under {before}; let \
+         turns end before the weights change"
+    )]
+    PolicyChanged {
+        /// The chain.
+        chain: u64,
+        /// The first position of the new weights.
+        position: usize,
+        /// Whose weights the turn began with.
+        before: PolicyVersion,
+        /// Whose weights these are.
+        version: PolicyVersion,
+    },
     /// The forward pass failed; every running turn is lost.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -159,6 +175,8 @@ pub struct Engine {
     active: Vec<u64>,
     /// Chains with a turn that wait for a slot, first come first.
     queue: VecDeque<u64>,
+    /// Chains with a turn that lost their slot, by age: they come before the queue.
+    paused: BTreeMap<u64, u64>,
     /// Turns that ended outside a computation; the version is filled in when they are reported.
     ended: Vec<TurnResult>,
     cache: PagePool,
@@ -183,6 +201,7 @@ impl Engine {
             chains: BTreeMap::new(),
             active: Vec::new(),
             queue: VecDeque::new(),
+            paused: BTreeMap::new(),
             ended: Vec::new(),
             cache: PagePool::new(model, pages),
             born: 0,
@@ -236,7 +255,7 @@ impl Engine {
                 generation.policy_version = version;
             }
         }
-        if self.queue.is_empty() && self.active.is_empty() {
+        if !self.has_turns() {
             return Ok(ended);
         }
         let computed = self.round(decoder, version);
@@ -294,11 +313,16 @@ impl Engine {
     /// Whether [`Self::step`] has anything to do.
     #[must_use]
     pub fn has_work(&self) -> bool {
-        !self.ended.is_empty() || !self.queue.is_empty() || !self.active.is_empty()
+        !self.ended.is_empty() || self.has_turns()
     }
 
-    /// Drops every cached key and value, and their memory: call it when the weights have changed. Running
-    /// turns go on under the new weights, from their tokens.
+    fn has_turns(&self) -> bool {
+        !self.queue.is_empty() || !self.paused.is_empty() || !self.active.is_empty()
+    }
+
+    /// Drops every cached key and value, and their memory: call it when the weights have changed. Chains go on under
+    /// the new weights, from their tokens; a turn that has sampled under the old ones ends with
+    /// [`EngineError::PolicyChanged`].
     pub fn forget_weights(&mut self) {
         for chain in self.chains.values_mut() {
             chain.pages.clear();
@@ -315,7 +339,7 @@ impl Engine {
         EngineStats {
             chains: self.chains.len(),
             decoding,
-            waiting: self.queue.len() + self.active.len() - decoding,
+            waiting: self.queue.len() + self.paused.len() + self.active.len() - decoding,
             cache_tokens: self.config.cache_tokens,
             cache_tokens_used: self.cache.used() * PAGE_TOKENS,
             ..self.stats
@@ -336,8 +360,12 @@ impl Engine {
         }
         let SamplingParams { temperature, top_p, top_k, .. } = request.sampling;
         let wrong = |name, value, needed| Err(EngineError::Sampling { chain, name, value, needed });
-        if !(temperature.is_finite() && temperature >= 0.0) {
-            return wrong("temperature", temperature, "it must be 0 (greedy) or more");
+        if !(temperature == 0.0 || is_divisor(temperature)) {
+            return wrong(
+                "temperature",
+                temperature,
+                "it must be 0 (greedy), or more with an inverse that is an f32",
+            );
         }
         if !(top_p > 0.0 && top_p <= 1.0) {
             return wrong("top_p", top_p, "it must be above 0 and at most 1");

@@ -4,12 +4,15 @@
 //! run and from younger ones that do, so the oldest that runs always goes on and none waits for ever; tokens are
 //! computed in order.
 
+use std::collections::BTreeSet;
+
 use agentfly_c10d::ops::PAGE_TOKENS;
 
 use crate::model::ModelError;
 
 use super::Engine;
-use super::cache::pages_for;
+use super::cache::{Page, pages_for};
+use super::chain::Chain;
 
 /// A stretch of one chain's tokens to compute.
 #[derive(Debug, Clone, Copy)]
@@ -21,34 +24,73 @@ pub(crate) struct Stretch {
     pub(crate) samples: bool,
 }
 
+/// What other chains have, or will have, of a chain's tokens.
+struct Prefix {
+    /// Who has cached the most of it.
+    donor: Option<u64>,
+    /// How many tokens that, or the chain's own cache, is.
+    now: usize,
+    /// How many it will be once the chains ahead have computed theirs.
+    soon: usize,
+}
+
 impl Engine {
-    /// Gives slots to waiting chains while there are slots, and cache for all of a chain's tokens.
+    /// Gives slots to waiting chains, those that were paused first, while there are slots and room in the cache for all
+    /// of a chain's tokens and a page more, beside what the running ones still need.
     pub(super) fn admit(&mut self) {
+        if self.active.len() >= self.config.max_slots || (self.paused.is_empty() && self.queue.is_empty()) {
+            return;
+        }
+        // What the running chains hold, and what they will still take: neither can be given to another.
+        let pages = |id: &u64| self.chains.get(id).into_iter().flat_map(|c| c.pages.iter().copied());
+        let mut held: BTreeSet<Page> = self.active.iter().flat_map(pages).collect();
+        let missing = |(place, id): (usize, &u64)| self.missing_pages(*id, &self.active[..place]);
+        let mut promised: usize = self.active.iter().enumerate().map(missing).sum();
         while self.active.len() < self.config.max_slots {
-            let Some(&id) = self.queue.front() else { return };
-            let needed = self.chains.get(&id).map_or(0, |c| pages_for(c.tokens.len() + 1) - c.pages.len());
-            let others =
-                self.chains.iter().filter(|(other, _)| **other != id && !self.active.contains(other));
-            let may_come = self.cache.available() + others.map(|(_, c)| c.pages.len()).sum::<usize>();
+            let paused = self.paused.first_key_value().map(|(_, &id)| id);
+            let Some(id) = paused.or_else(|| self.queue.front().copied()) else { return };
+            held.extend(self.chains.get(&id).into_iter().flat_map(|c| c.pages.iter().copied()));
+            promised += self.missing_pages(id, &self.active);
             // Alone it gets what it needs, whoever has it now.
-            if needed > may_come && !self.active.is_empty() {
+            if !self.active.is_empty() && held.len() + promised > self.config.cache_tokens / PAGE_TOKENS {
                 return;
             }
-            self.queue.pop_front();
+            if paused.is_some() {
+                self.paused.pop_first();
+            } else {
+                self.queue.pop_front();
+            }
             self.active.push(id);
         }
     }
 
-    /// The next step's stretches, with their pages. Prefixes that a chain of the group has cached are shared on the
-    /// way; a chain whose prefix a group mate is about to compute waits for it.
+    /// Pages that a chain lacks for its tokens and a page of new ones, beside what it will share with those `ahead`.
+    fn missing_pages(&self, id: u64, ahead: &[u64]) -> usize {
+        let Some(chain) = self.chains.get(&id) else { return 0 };
+        let all = pages_for((chain.tokens.len() + PAGE_TOKENS).min(self.config.max_tokens_per_chain));
+        let own = match chain.cached {
+            0 => self.prefix(id, chain, ahead).soon / PAGE_TOKENS,
+            // The page it writes to next is copied first where another chain uses it, too.
+            cached => {
+                let next = chain.pages.get(cached / PAGE_TOKENS);
+                chain.pages.len() - usize::from(next.is_some_and(|page| self.cache.is_shared(*page)))
+            }
+        };
+        all.saturating_sub(own)
+    }
+
+    /// The next step's stretches, with their pages. Prefixes that another chain has cached are shared on the way; a
+    /// chain whose prefix one ahead of it is about to compute waits for it.
     pub(super) fn plan(&mut self) -> Result<Vec<Stretch>, ModelError> {
         let (mut budget, mut batch) = (self.config.max_prefill_tokens, Vec::<Stretch>::new());
-        for (place, id) in self.active.clone().into_iter().enumerate() {
-            if !self.active.contains(&id) || !self.share_prefix(id, place) {
+        for id in self.active.clone() {
+            // It may have lost its slot to one before it.
+            let Some(place) = self.active.iter().position(|other| *other == id) else { continue };
+            let to_compute = |engine: &Self| engine.chains.get(&id).map_or(0, Chain::to_compute);
+            if (budget == 0 && to_compute(self) > 1) || !self.share_prefix(id, place) {
                 continue;
             }
-            let Some(chain) = self.chains.get(&id) else { continue };
-            let (start, left) = (chain.cached, chain.to_compute());
+            let (start, left) = (self.chains.get(&id).map_or(0, |c| c.cached), to_compute(self));
             let count = if left == 1 { 1 } else { left.min(budget) };
             if count == 0 {
                 continue;
@@ -67,47 +109,55 @@ impl Engine {
         Ok(batch)
     }
 
-    /// Shares the longest prefix that a chain of the same group has cached. False when a chain ahead of it will have
-    /// cached more of it soon, and waiting is the better choice.
+    /// Shares the longest prefix that another chain has cached. False when a chain ahead of it will have cached more of
+    /// it soon, and waiting is the better choice.
     fn share_prefix(&mut self, id: u64, place: usize) -> bool {
         let Some(chain) = self.chains.get(&id) else { return false };
-        let Some(group) = chain.group else { return true };
-        let wanted = chain.tokens.len() - 1;
-        if wanted <= chain.cached {
-            return true;
-        }
-        let (mut donor, mut now, mut soon) = (None, chain.cached, chain.cached);
-        for (&mate_id, mate) in &self.chains {
-            if mate.group != Some(group) || mate_id == id {
-                continue;
-            }
-            let ahead = self.active[..place.min(self.active.len())].contains(&mate_id);
-            if mate.cached <= now && !ahead {
-                continue;
-            }
-            let common = common_prefix(&mate.tokens, &chain.tokens).min(wanted);
-            if common.min(mate.cached) > now {
-                now = common.min(mate.cached);
-                donor = Some(mate_id);
-            }
-            if ahead {
-                soon = soon.max(common);
-            }
-        }
-        if soon > now {
+        let (cached, prefix) = (chain.cached, self.prefix(id, chain, &self.active[..place]));
+        if prefix.soon > prefix.now {
             return false;
         }
-        if let Some(pages) = donor.and_then(|donor| self.chains.get(&donor)).map(|mate| mate.pages.clone()) {
-            self.stats.shared_tokens += (now - chain.cached) as u64;
+        let donor = prefix.donor.and_then(|donor| self.chains.get(&donor));
+        if let Some(pages) = donor.map(|mate| mate.pages[..pages_for(prefix.now)].to_vec()) {
+            self.stats.shared_tokens += (prefix.now - cached) as u64;
             self.drop_cache(id);
-            let shared = &pages[..pages_for(now)];
-            shared.iter().for_each(|&page| self.cache.share(page));
+            pages.iter().for_each(|&page| self.cache.share(page));
             if let Some(chain) = self.chains.get_mut(&id) {
-                chain.pages = shared.to_vec();
-                chain.cached = now;
+                (chain.pages, chain.cached) = (pages, prefix.now);
             }
         }
         true
+    }
+
+    /// What a chain can take over of its uncomputed tokens. Chains of one group share any prefix, others only whole
+    /// pages: a few tokens in common are not worth a copy, or waiting for.
+    fn prefix(&self, id: u64, chain: &Chain, ahead: &[u64]) -> Prefix {
+        let wanted = chain.tokens.len() - 1;
+        let mut prefix = Prefix { donor: None, now: chain.cached, soon: chain.cached };
+        if wanted <= chain.cached {
+            return prefix;
+        }
+        let common = |mate: &Chain| {
+            let common = common_prefix(&mate.tokens, &chain.tokens).min(wanted);
+            let is_mate = chain.group.is_some() && mate.group == chain.group;
+            if is_mate { common } else { common - common % PAGE_TOKENS }
+        };
+        for (&mate_id, mate) in self.chains.iter().filter(|(mate_id, _)| **mate_id != id) {
+            if mate.cached > prefix.now {
+                let shared = common(mate).min(mate.cached);
+                if shared > prefix.now {
+                    (prefix.donor, prefix.now) = (Some(mate_id), shared);
+                }
+            }
+        }
+        prefix.soon = prefix.now;
+        for mate in ahead.iter().filter_map(|mate| self.chains.get(mate)) {
+            if prefix.soon == wanted {
+                break;
+            }
+            prefix.soon = prefix.soon.max(common(mate));
+        }
+        prefix
     }
 
     /// Pages of its own for a chain's tokens `from..to`. False when they are not to be had: other chains are older.
@@ -158,12 +208,13 @@ impl Engine {
         }
     }
 
-    /// Takes a running chain's slot and cache; it is first in the queue for both.
+    /// Takes a running chain's slot and cache; it goes before the queue for both, the oldest first.
     fn pause(&mut self, id: u64) {
         self.drop_cache(id);
-        if let Some(place) = self.active.iter().position(|other| *other == id) {
+        let born = self.chains.get(&id).map(|chain| chain.born);
+        if let (Some(place), Some(born)) = (self.active.iter().position(|other| *other == id), born) {
             self.active.remove(place);
-            self.queue.push_front(id);
+            self.paused.insert(born, id);
             self.stats.preemptions += 1;
         }
     }
@@ -182,6 +233,7 @@ impl Engine {
     pub(super) fn leave(&mut self, id: u64) {
         self.active.retain(|other| *other != id);
         self.queue.retain(|other| *other != id);
+        self.paused.retain(|_, other| *other != id);
     }
 }
 

@@ -22,6 +22,7 @@ use tch::{Kind, Tensor};
 use super::Learner;
 use super::error::LearnerError;
 use super::optimizer::Optimizer;
+use super::ranks::Ranks;
 use super::shard::Piece;
 use crate::model::{Decoder, write_safetensors};
 
@@ -162,16 +163,30 @@ impl Learner {
             return Err(LearnerError::PeerCannotRead { path: dir.display().to_string() });
         }
         self.broken = true;
-        let _no_grad = tch::no_grad_guard();
-        fillings(&self.optimizer, &found).try_for_each(|filling| read(&filling))?;
-        self.optimizer.steps = counters.optimizer_steps;
-        self.optimizer.publish(decoder)?;
-        self.optimizer.gather(decoder, &self.ranks)?;
+        if let Err(error) = self.take_over(&found, &counters, decoder) {
+            // The others wait for this rank's share: leaving the group, they fail at once.
+            self.ranks = Ranks::new(None, decoder.device());
+            return Err(error);
+        }
         self.version = counters.policy_version;
         self.steps = counters.training_steps;
         self.skips_in_a_row = counters.skips_in_a_row;
         self.broken = false;
         Ok(())
+    }
+
+    /// Reads this rank's share into the optimizer, and everyone's into the model.
+    fn take_over(
+        &mut self,
+        found: &Found,
+        counters: &Counters,
+        decoder: &Decoder,
+    ) -> Result<(), LearnerError> {
+        let _no_grad = tch::no_grad_guard();
+        fillings(&self.optimizer, found).try_for_each(|filling| read(&filling))?;
+        self.optimizer.steps = counters.optimizer_steps;
+        self.optimizer.publish(decoder)?;
+        self.optimizer.gather(decoder, &self.ranks)
     }
 }
 

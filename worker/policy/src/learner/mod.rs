@@ -28,6 +28,7 @@ mod stats;
 mod step;
 mod warmup;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use agentfly_c10d::{AdamWHyper, Group};
@@ -46,6 +47,7 @@ pub use schedule::{LrSchedule, Schedule};
 pub use stats::{PhaseSeconds, StepStats};
 pub use warmup::{SupervisedRow, SupervisedStats};
 
+use crate::device::panic_text;
 use crate::model::{Decoder, ModelError};
 use optimizer::{Optimizer, Update};
 use ranks::Ranks;
@@ -169,7 +171,9 @@ impl Learner {
         let sums =
             |name: &str| self.optimizer.gradient_of(name).map_err(|e| ModelError::Torch(e.to_string()));
         decoder.gather_gradients(Some(&sums))?;
-        let result = body(self, decoder);
+        // tch's operators panic where they fail.
+        let result = catch_unwind(AssertUnwindSafe(|| body(self, decoder)));
+        let result = result.unwrap_or_else(|panic| Err(LearnerError::Torch(panic_text(&*panic))));
         decoder.gather_gradients(None)?;
         match &result {
             Ok(_) => self.broken = false,

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-/// Log-ratios are cut off here before they are exponentiated.
+/// Log-ratios are cut off here before they become squared ratios, as in verl; k3 and the perplexities' ratio are not.
 const MAX_LOG_RATIO: f64 = 20.0;
 
 /// Sums over tokens and rows, and maxima.
@@ -13,13 +13,13 @@ pub struct OffPolicySums {
     /// square; by row: count, perplexity and log-perplexity trained, then by the rollout, their difference,
     /// its size, their ratio, squared sequence ratio.
     pub sums: [f64; 15],
-    /// The largest over ranks: probability difference, log-perplexity difference, and its negative.
-    pub maxima: [f64; 3],
+    /// The largest over ranks: probability difference, log-perplexity difference, its negative, log-prob difference.
+    pub maxima: [f64; 4],
 }
 
 impl Default for OffPolicySums {
     fn default() -> Self {
-        Self { sums: [0.0; 15], maxima: [f64::NEG_INFINITY; 3] }
+        Self { sums: [0.0; 15], maxima: [f64::NEG_INFINITY; 4] }
     }
 }
 
@@ -46,7 +46,8 @@ impl OffPolicySums {
                 difference * difference,
             ];
             per_token.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
-            self.maxima[0] = self.maxima[0].max(difference);
+            raise(&mut self.maxima[0], difference);
+            raise(&mut self.maxima[3], log_ratio.abs());
             sum_trained += trained;
             sum_rollout += rollout;
         }
@@ -66,8 +67,8 @@ impl OffPolicySums {
             sequence * sequence,
         ];
         self.sums.iter_mut().zip(per_token.into_iter().chain(per_row)).for_each(|(sum, value)| *sum += value);
-        self.maxima[1] = self.maxima[1].max(difference);
-        self.maxima[2] = self.maxima[2].max(-difference);
+        raise(&mut self.maxima[1], difference);
+        raise(&mut self.maxima[2], -difference);
     }
 
     /// The metrics, by verl's names; none when there was no row.
@@ -85,6 +86,7 @@ impl OffPolicySums {
             ("rollout_corr/chi2_token", chi2 / tokens - 1.0),
             ("rollout_corr/log_ppl_diff_max", self.maxima[1]),
             ("rollout_corr/log_ppl_diff_min", -self.maxima[2]),
+            ("rollout_corr/log_prob_diff_max", self.maxima[3]),
             ("training/rollout_probs_diff_max", self.maxima[0]),
             ("training/rollout_probs_diff_mean", mean),
             ("training/rollout_probs_diff_std", variance.sqrt()),
@@ -102,4 +104,9 @@ impl OffPolicySums {
         metrics.insert("rollout_corr/chi2_seq", by_row[7] / rows - 1.0);
         metrics
     }
+}
+
+/// The larger of the two; NaN counts as infinite, for `max` would hide it.
+fn raise(largest: &mut f64, value: f64) {
+    *largest = largest.max(if value.is_nan() { f64::INFINITY } else { value });
 }

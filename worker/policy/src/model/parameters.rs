@@ -45,13 +45,16 @@ impl Parameters {
         let slots = slots(&named);
         let len = slots.last().map_or(0, |slot| slot.start + slot.len);
         let options = named.first().map_or((Kind::Float, tch::Device::Cpu), |(_, t)| (t.kind(), t.device()));
-        // Zeros that nothing has touched take no memory, and each tensor's own is free once it has moved.
-        let flat = Tensor::f_zeros([len], options)?;
+        // Memory that nothing has touched is none, and each tensor's own is free once it has moved.
+        let flat = Tensor::f_empty([len], options)?;
         let mut views = Vec::with_capacity(named.len());
+        let mut end = 0;
         for (slot, (name, tensor)) in slots.iter().zip(named) {
+            let _gap = flat.f_narrow(0, end, slot.start - end)?.f_zero_()?;
             let mut view = slot.of(&flat)?;
             view.f_copy_(&tensor)?;
             views.push((name, view));
+            end = slot.start + slot.len;
         }
         Ok(Self { named: views, flat })
     }
