@@ -83,19 +83,17 @@ void attend_tile(const Heads& heads, const T* q, int64_t stride, int64_t tokens,
   const auto seen = [&](int64_t b, int64_t step) {
     return few ? std::min(kBlock, round_up(first + tokens - b * kBlock, step)) : kBlock;
   };
-  for (int64_t b = 0; b < count; b++) {
-    if (few) fetch_ahead(values(b), value_numbers(dim) * static_cast<int64_t>(sizeof(T)));
-    gemm_any_rows(rows, seen(b, 16), dim, dim, kBlock, kBlock, false, tile, keys(b), scores + b * rows * kBlock);
-  }
+  for (int64_t b = 0; b < count; b++)
+    gemm_any_rows(rows, seen(b, 16), dim, dim, kBlock, kBlock, false, tile, keys(b), scores + b * rows * kBlock,
+                  values(b));
   for (int64_t r = 0; r < rows; r++)
     totals[r] = softmax_row(scores, rows, r, count, first + r / group + 1, scale, probs,
                             lse ? lse + r / group * heads.queries + r % group : nullptr);
   for_columns(dim, [&](int64_t c, int64_t columns, int64_t width) {
     for (int64_t b = 0; b < count; b++) {
-      const T* ahead = few && c == 0 ? next_keys(b) : nullptr;
-      if (ahead) fetch_ahead(ahead, key_numbers<T>(dim) * static_cast<int64_t>(sizeof(T)));
+      const T* next = next_keys(b);
       gemm_any_rows(rows, columns, seen(b, 32), kBlock, width, wide, b > 0, probs + b * rows * kBlock,
-                    values(b) + kBlock * c, sums + c);
+                    values(b) + kBlock * c, sums + c, next ? next + kBlock * c : nullptr);
     }
   });
   for (int64_t r = 0; r < rows; r++)

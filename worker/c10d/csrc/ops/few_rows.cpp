@@ -16,6 +16,7 @@ struct Product {
   const T* a;
   const T* b;
   float* c;
+  const T* ahead;
 };
 template <class T>
 using Kernel = void (*)(const Product<T>&);
@@ -30,6 +31,14 @@ void by_micro_kernel(const Product<T>& p) {
 #define AF_AVX512_BF16 __attribute__((target("avx512f,avx512bf16")))
 
 // R rows, widened to f32 beforehand, and C times 16 columns a step.
+
+// Asks for what is read next, at the place at which B was just read: as many bytes a step as the step itself reads, so
+// that memory is busy while sums are made. Only for the first rows: the others find B in the cache.
+template <class T>
+AF_INLINE void ask_ahead(const Product<T>& p, int64_t row, const void* from) {
+  const auto at = static_cast<const char*>(from) - reinterpret_cast<const char*>(p.b);
+  if (p.ahead && row == 0) _mm_prefetch(reinterpret_cast<const char*>(p.ahead) + at, _MM_HINT_T1);
+}
 
 // AMX: of 32 values the even and the odd ones are summed apart from zero, then added to what there is.
 template <int R, int C>
@@ -49,6 +58,7 @@ AF_AVX512 void tile_order(const Product<bf16>& p, const float* a, int64_t row, i
       __m512 b_even[C], b_odd[C];
       for (int j = 0; j < C; j++) {
         const __m512i pair = _mm512_loadu_si512(b + i / 2 * p.ldb + 16 * j);
+        ask_ahead(p, row, b + i / 2 * p.ldb + 16 * j);
         b_even[j] = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
         b_odd[j] = _mm512_castsi512_ps(_mm512_and_si512(pair, high));
       }
@@ -77,7 +87,10 @@ AF_AVX512_BF16 void pair_order(const Product<bf16>& p, const float*, int64_t row
   const auto* a = reinterpret_cast<const uint16_t*>(p.a);
   for (int64_t i = 0; i < p.k; i += 2) {
     __m512i pair[C];
-    for (int j = 0; j < C; j++) pair[j] = _mm512_loadu_si512(b + i / 2 * p.ldb + 16 * j);
+    for (int j = 0; j < C; j++) {
+      pair[j] = _mm512_loadu_si512(b + i / 2 * p.ldb + 16 * j);
+      ask_ahead(p, row, b + i / 2 * p.ldb + 16 * j);
+    }
     for (int r = 0; r < R; r++) {
       int32_t ab;
       std::memcpy(&ab, a + (row + r) * p.lda + i, sizeof(ab));
@@ -101,7 +114,10 @@ AF_AVX512 void value_order(const Product<float>& p, const float* a, int64_t row,
     for (int j = 0; j < C; j++) c[r][j] = _mm512_setzero_ps();
   for (int64_t i = 0; i < p.k; i++) {
     __m512 b[C];
-    for (int j = 0; j < C; j++) b[j] = _mm512_loadu_ps(p.b + i * p.ldb + column + 16 * j);
+    for (int j = 0; j < C; j++) {
+      b[j] = _mm512_loadu_ps(p.b + i * p.ldb + column + 16 * j);
+      ask_ahead(p, row, p.b + i * p.ldb + column + 16 * j);
+    }
     for (int r = 0; r < R; r++)
       for (int j = 0; j < C; j++) c[r][j] = _mm512_fmadd_ps(_mm512_set1_ps(a[r * p.k + i]), b[j], c[r][j]);
   }
@@ -162,7 +178,7 @@ bool agrees(Kernel<T> kernel, int64_t k) {
         for (auto& x : a) store(&x, next());
         for (auto& x : b) store(&x, next());
         for (size_t i = 0; i < got.size(); i++) expected[i] = got[i] = next();
-        Product<T> product{m, n, k, k, n, kBlock, add, a.data(), b.data(), expected.data()};
+        Product<T> product{m, n, k, k, n, kBlock, add, a.data(), b.data(), expected.data(), b.data()};
         by_micro_kernel(product);
         product.c = got.data();
         kernel(product);
@@ -201,13 +217,13 @@ Kernel<T> chosen(int64_t k) {
 }  // namespace
 
 void gemm_few_rows(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const bf16* a,
-                   const bf16* b, float* c) {
-  chosen<bf16>(k)({m, n, k, lda, ldb, ldc, add, a, b, c});
+                   const bf16* b, float* c, const bf16* ahead) {
+  chosen<bf16>(k)({m, n, k, lda, ldb, ldc, add, a, b, c, ahead});
 }
 
 void gemm_few_rows(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a,
-                   const float* b, float* c) {
-  chosen<float>(k)({m, n, k, lda, ldb, ldc, add, a, b, c});
+                   const float* b, float* c, const float* ahead) {
+  chosen<float>(k)({m, n, k, lda, ldb, ldc, add, a, b, c, ahead});
 }
 
 }  // namespace af

@@ -11,17 +11,17 @@ namespace af {
 // Up to this many rows are few.
 constexpr int64_t kFewRows = 8;
 
-// As gemm(), for columns that are a multiple of 16.
+// As gemm(), for columns that are a multiple of 16. `ahead`, where it is not null, is laid out as B and read next.
 void gemm_few_rows(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const bf16* a,
-                   const bf16* b, float* c);
+                   const bf16* b, float* c, const bf16* ahead);
 void gemm_few_rows(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a,
-                   const float* b, float* c);
+                   const float* b, float* c, const float* ahead);
 
 template <class T>
 AF_INLINE void gemm_any_rows(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
-                             const T* a, const T* b, float* c) {
+                             const T* a, const T* b, float* c, const T* ahead = nullptr) {
   if (m <= kFewRows && n % 16 == 0) {
-    gemm_few_rows(m, n, k, lda, ldb, ldc, add, a, b, c);
+    gemm_few_rows(m, n, k, lda, ldb, ldc, add, a, b, c, ahead);
   } else {
     gemm(m, n, k, lda, ldb, ldc, add, a, b, c);
   }
