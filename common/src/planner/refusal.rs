@@ -106,10 +106,12 @@ fn changes(work: &Workload<'_>, machine: &Machine) -> Vec<String> {
     }
     if machine.kind == DeviceKind::Cpu {
         let fewer = (1..machine.ranks).rev().map(|ranks| machine.with_ranks(ranks));
-        if let Some(fewer) = fewer.clone().find(|fewer| fits(work, fewer)) {
+        let with = |ranks: u32| work.with_ranks(machine.ranks, ranks);
+        if let Some(fewer) = fewer.clone().find(|fewer| fits(&with(fewer.ranks), fewer)) {
             let text = format!("trainer.n_gpus_per_node={} instead of {}", fewer.ranks, machine.ranks);
-            offer(text, *work, fewer);
+            offer(text, with(fewer.ranks), fewer);
         } else if machine.ranks > 1 {
+            all.optimizer_shards = with(1).optimizer_shards;
             all_machine = machine.with_ranks(1);
             together.push("trainer.n_gpus_per_node=1".to_owned());
         }

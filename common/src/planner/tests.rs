@@ -182,14 +182,22 @@ fn a_job_that_cannot_fit_is_refused_with_its_parts_and_with_what_would() {
         "{refusal}"
     );
     assert!(plan(&tight, &cpu(8, 1)).is_ok(), "what is offered fits");
-    let refusal = plan(&tight, &cpu(6, 2)).unwrap_err();
+    let refusal = plan(&tight, &cpu(5, 2)).unwrap_err();
     assert_eq!(refusal.changes.len(), 1, "{refusal}");
     let all = &refusal.changes[0];
     for change in ["together", "dtype=bfloat16", "use_kl_loss=False", "n_gpus_per_node=1"] {
         assert!(all.contains(change), "{change}: {all}");
     }
     let smaller = Workload { precision: Precision::Bf16, reference: false, ..tight };
-    assert!(plan(&smaller, &cpu(6, 1)).is_ok(), "what is offered fits");
+    assert!(plan(&smaller, &cpu(5, 1)).is_ok(), "what is offered fits");
+
+    // Alone, a rank has all of the optimizer: a job that two ranks share is not told to take one where that needs more.
+    let whole = Workload { window: Some(512), ..work(&model) };
+    let shared = Workload { optimizer_shards: 8, ..whole };
+    let node = Machine { memory_bytes: Some(4 * GIB - GIB / 4), ..cpu(0, 8) };
+    let offers = |work: &Workload<'_>| plan(work, &node).unwrap_err().changes.join("; ");
+    assert!(plan(&shared, &node.with_ranks(1)).is_ok(), "an eighth of it would fit one rank");
+    assert!(!offers(&shared).contains("n_gpus_per_node"), "{}", offers(&shared));
 }
 
 #[test]
@@ -207,17 +215,17 @@ fn what_is_set_too_large_is_named_with_what_to_leave_out() {
         refusal.contains("65536 tokens") && refusal.contains("ppo_micro_batch_size_per_gpu out"),
         "{refusal}"
     );
-    let long = Workload { window: Some(8192), ..work(&model) };
+    let long = Workload { window: Some(8192), may_recompute: false, ..work(&model) };
     let refusal = plan(&long, &cpu(6, 1)).unwrap_err().to_string();
-    assert!(refusal.contains("actor_rollout_ref.rollout.max_model_len=4096"), "{refusal}");
-    let offered = Workload { window: Some(4096), ..work(&model) };
+    assert!(refusal.contains("actor_rollout_ref.rollout.max_model_len=2048"), "{refusal}");
+    let offered = Workload { window: Some(2048), ..long };
     assert!(plan(&offered, &cpu(6, 1)).is_ok(), "what is offered fits");
 }
 
 #[test]
 fn a_window_nobody_set_is_as_long_as_memory_allows_and_that_is_said() {
     let model = small();
-    let unset = Workload { window: None, ..work(&model) };
+    let unset = Workload { window: None, may_recompute: false, ..work(&model) };
     assert_eq!(plan(&unset, &cpu(24, 1)).unwrap().shortened_from, None);
     let plan = plan(&unset, &cpu(6, 1)).unwrap();
     assert!((1024..8192).contains(&plan.window) && plan.window.is_multiple_of(256), "{}", plan.window);

@@ -98,6 +98,13 @@ pub struct Workload<'a> {
 }
 
 impl<'a> Workload<'a> {
+    /// The same work on nodes of `now` ranks instead of `before`: fewer share the optimizer's state.
+    #[must_use]
+    pub fn with_ranks(self, before: u32, now: u32) -> Self {
+        let shards = u64::from(self.optimizer_shards) * u64::from(now) / u64::from(before.max(1));
+        Self { optimizer_shards: u32::try_from(shards).unwrap_or(u32::MAX).max(1), ..self }
+    }
+
     /// A job's settings; `precision` is resolved already ([`Precision::choose`]).
     #[must_use]
     pub fn of(config: &Config, model: &'a ModelConfig, precision: Precision) -> Self {
