@@ -45,6 +45,10 @@ bench-engine: setup ## Measure engine and learner beside the peers; MODEL=smollm
 	@[ "$(BENCH_MODEL)" != smollm2 ] || [ -f deploy/models/smollm2/config.json ] || $(MAKE) --no-print-directory smollm2
 	MODEL=$(BENCH_MODEL) python3 deploy/bench/bench_engine.py
 
+bench-memory: build ## Hold the memory plan of a rank against the kernel's count; MODEL=DIR DTYPE=bf16 RANKS=1,2 TOKENS=1024,4096
+	@[ "$(BENCH_MODEL)" != smollm2 ] || [ -f deploy/models/smollm2/config.json ] || $(MAKE) --no-print-directory smollm2
+	MODEL=$(if $(filter smollm2,$(BENCH_MODEL)),deploy/models/smollm2,$(BENCH_MODEL)) BIN=$(BIN) python3 deploy/bench/memory.py
+
 bench-setup: ## Install the peers that bench-engine measures: transformers, TRL, vLLM (12 GB, once)
 	@deploy/bench/setup.sh
 
@@ -74,4 +78,4 @@ tiny-model: build ## Make deploy/models/tiny again: tokenizer, demonstrations, s
 clean: ## Remove what was built (not what was fetched, not your runs)
 	cargo clean
 
-.PHONY: help setup build train test lint bench bench-engine bench-setup parity deny check-cuda smollm2 data tiny-model clean
+.PHONY: help setup build train test lint bench bench-engine bench-memory bench-setup parity deny check-cuda smollm2 data tiny-model clean

@@ -3,6 +3,13 @@
 //! Read by the node's hello, each rank's plan, `worker doctor` and the coordinator's preflight, so that all of them
 //! say the same. What must stay true: where a container may use less than the machine has, that is what is there.
 
+mod control_group;
+mod gpus;
+
+pub use gpus::{Visible, gpus, visible_gpus};
+
+use std::path::Path;
+
 use sysinfo::System;
 
 /// Memory of this machine, or of the container that this process is in, in bytes.
@@ -14,16 +21,17 @@ pub struct Memory {
     pub available_bytes: u64,
 }
 
-/// Reads the memory of this machine, within the limit of its control group.
+/// Reads the memory of this machine, within the limits of the control groups that this process is in.
 #[must_use]
 pub fn memory() -> Memory {
     let mut system = System::new();
     system.refresh_memory();
     let (total_bytes, available_bytes) = (system.total_memory(), system.available_memory());
-    match system.cgroup_limits().filter(|limits| limits.total_memory > 0) {
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    match control_group::limits(&own, Path::new("/sys/fs/cgroup")) {
         Some(limits) => Memory {
-            total_bytes: total_bytes.min(limits.total_memory),
-            available_bytes: available_bytes.min(limits.free_memory),
+            total_bytes: total_bytes.min(limits.total_bytes),
+            available_bytes: available_bytes.min(limits.available_bytes),
         },
         None => Memory { total_bytes, available_bytes },
     }

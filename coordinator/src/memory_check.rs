@@ -3,10 +3,8 @@
 //! Called by `coordinator train` and `explain`. Each rank plans again on its own machine, and knows better: what
 //! passes here may still be refused there (GPUs do not tell their memory to the coordinator), never the other way round.
 
-use std::path::Path;
-
 use agentfly_common::config::Config;
-use agentfly_common::machine::{cpu_computes_bf16, memory};
+use agentfly_common::machine::{cores, cpu_computes_bf16, gpus, memory};
 use agentfly_common::model_dir::ModelConfig;
 use agentfly_common::planner::{DeviceKind, Machine, Plan, Precision, Refusal, Workload, plan};
 use agentfly_proto::v1 as pb;
@@ -16,10 +14,10 @@ use crate::failure::{Failure, Outcome};
 
 /// The plan of a rank if `ranks` of them run on this machine's CPU; `None` on a machine with GPUs.
 pub fn plan_here(config: &Config, model: &ModelConfig, ranks: u32) -> Option<Result<Plan, Box<Refusal>>> {
-    if Path::new("/dev/nvidia0").exists() {
+    if gpus() > 0 {
         return None;
     }
-    let here = Machine { kind: DeviceKind::Cpu, memory_bytes: Some(memory().total_bytes), ranks };
+    let here = machine(memory().total_bytes, cores(), ranks);
     Some(plan(&workload(config, model, cpu_computes_bf16()), &here))
 }
 
@@ -37,8 +35,7 @@ pub fn check_nodes(config: &Config, model: &ModelConfig, nodes: &[pb::NodeInfo])
     let mut refused = Vec::new();
     for node in alive.into_iter().filter(|node| node.cpu_ranks > 0) {
         let ranks = config.trainer.n_gpus_per_node.min(node.cpu_ranks);
-        let machine = Machine { kind: DeviceKind::Cpu, memory_bytes: Some(node.memory_bytes), ranks };
-        match plan(&work, &machine) {
+        match plan(&work, &machine(node.memory_bytes, node.cpus, ranks)) {
             Ok(_) => return Ok(()),
             Err(refusal) => refused.push((node, refusal)),
         }
@@ -50,6 +47,12 @@ pub fn check_nodes(config: &Config, model: &ModelConfig, nodes: &[pb::NodeInfo])
     }
 }
 
+/// CPU ranks on a node.
+fn machine(memory_bytes: u64, cores: u32, ranks: u32) -> Machine {
+    let threads = (cores / ranks.max(1)).max(1);
+    Machine { kind: DeviceKind::Cpu, memory_bytes: Some(memory_bytes), ranks, threads }
+}
+
 fn workload<'a>(config: &Config, model: &'a ModelConfig, computes_bf16: bool) -> Workload<'a> {
     let asked = config.actor_rollout_ref.rollout.dtype;
     let precision = Precision::choose(asked, model.torch_dtype.as_deref(), computes_bf16);
@@ -58,6 +61,8 @@ fn workload<'a>(config: &Config, model: &'a ModelConfig, computes_bf16: bool) ->
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn node(id: &str, memory_bytes: u64) -> pb::NodeInfo {

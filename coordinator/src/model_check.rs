@@ -14,43 +14,52 @@ use anyhow::anyhow;
 
 use crate::failure::{Failure, Outcome};
 
-/// Fetches the model that `actor_rollout_ref.model.path` names on the hub, and puts its folder there. What can be
-/// refused by its configuration alone is refused before its weights are fetched.
+/// The shape of the model that `actor_rollout_ref.model.path` names, a folder or a hub's: of that the configuration
+/// alone is fetched. Checks what it can tell: chat template where none is set, and the window.
 ///
 /// # Errors
-/// What keeps it from being fetched or used.
-pub fn fetch_model(config: &mut Config) -> Outcome {
-    let name = config.actor_rollout_ref.model.path.clone();
-    let failed = |error: HubError| {
-        let whose = error.whose();
-        Failure { whose, error: error.into() }
-            .context("the model cannot be fetched (actor_rollout_ref.model.path)")
-    };
-    let dir = local_model(&name, Want::Configuration).map_err(failed)?;
-    check_chat_template(config.agent.template.as_deref(), &dir).map_err(Failure::operator)?;
-    let model = ModelConfig::from_dir(&dir).map_err(Failure::operator)?;
+/// What keeps it from being read, or the settings the model has no room for.
+pub fn model_shape(config: &Config) -> Outcome<ModelConfig> {
+    let dir = local_model(&config.actor_rollout_ref.model.path, Want::Configuration).map_err(not_fetched)?;
+    let model = ModelConfig::from_dir(&dir).map_err(cannot_be_trained)?;
+    check_chat_template(config.agent.template.as_deref(), &dir).map_err(cannot_be_trained)?;
     model.window(&config.actor_rollout_ref.rollout).map_err(Failure::operator)?;
-    let dir = local_model(&name, Want::Everything).map_err(failed)?;
+    Ok(model)
+}
+
+/// Fetches the weights of a hub's model, and puts its folder into the settings.
+///
+/// # Errors
+/// What keeps it from being fetched.
+pub fn fetch_model(config: &mut Config) -> Outcome {
+    let dir = local_model(&config.actor_rollout_ref.model.path, Want::Everything).map_err(not_fetched)?;
     config.agent.model_name_or_path = config.agent.model_name_or_path.take().map(|_| dir.clone());
     config.actor_rollout_ref.model.path = dir;
     Ok(())
 }
 
-/// Inspects `actor_rollout_ref.model.path`: configuration, weights, tokenizer, chat template where none is set, and
-/// the window.
+/// Inspects the folder `actor_rollout_ref.model.path`: configuration, weights, tokenizer, chat template where none is
+/// set, and the window.
 ///
 /// # Errors
 /// The file, key or tensor that is wrong, or the settings the model has no room for.
 pub fn check_model(config: &Config) -> Outcome<ModelDir> {
     let dir = &config.actor_rollout_ref.model.path;
-    let wrong = |error: anyhow::Error| {
-        Failure::operator(error).context("the model cannot be trained (actor_rollout_ref.model.path)")
-    };
-    let model = ModelDir::inspect(dir).map_err(|e| wrong(e.into()))?;
-    model.check_tokenizer().map_err(|e| wrong(e.into()))?;
-    check_chat_template(config.agent.template.as_deref(), dir).map_err(wrong)?;
+    let model = ModelDir::inspect(dir).map_err(cannot_be_trained)?;
+    model.check_tokenizer().map_err(cannot_be_trained)?;
+    check_chat_template(config.agent.template.as_deref(), dir).map_err(cannot_be_trained)?;
     model.config.window(&config.actor_rollout_ref.rollout).map_err(Failure::operator)?;
     Ok(model)
+}
+
+fn not_fetched(error: HubError) -> Failure {
+    let whose = error.whose();
+    Failure { whose, error: error.into() }
+        .context("the model cannot be fetched (actor_rollout_ref.model.path)")
+}
+
+fn cannot_be_trained(error: impl Into<anyhow::Error>) -> Failure {
+    Failure::operator(error).context("the model cannot be trained (actor_rollout_ref.model.path)")
 }
 
 /// A named template must fit the tokenizer; without a name the model must have its own.

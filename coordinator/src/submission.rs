@@ -1,7 +1,8 @@
 //! A job before it is queued: its settings checked on this machine, its questions read, its folder opened.
 //!
-//! Blocks (files): the API runs it beside the scheduler. `coordinator train` calls [`check`] first, so that what
-//! is wrong is said before a head or a worker is started.
+//! Blocks (files): the API runs it beside the scheduler. `coordinator train` does it first, so that what is wrong is
+//! said before a head or a worker is started. What must stay true: a model's weights are fetched after everything that
+//! its configuration tells was found right, memory included.
 
 use std::path::{Path, PathBuf};
 
@@ -19,7 +20,7 @@ use crate::core::event::{CoreFault, JobSpec};
 use crate::data::{Cursor, Dataset, Limits, Need, Order, Row};
 use crate::failure::{Failure, Outcome};
 use crate::journal::NewJob;
-use crate::model_check::{check_model, fetch_model};
+use crate::model_check::{check_model, fetch_model, model_shape};
 use crate::store::run_dir::{Opened, RunDir, RunDirError};
 use crate::store::{checkpoints, free_bytes};
 
@@ -102,10 +103,10 @@ impl Questions {
     }
 }
 
-/// What [`check`] found.
+/// What [`examine`] found.
 #[derive(Debug)]
-pub struct Checked {
-    /// The settings, with the folder of a model that was given by its hub name.
+pub struct Examined {
+    /// The settings.
     pub config: Config,
     /// The model's shape.
     pub model: ModelConfig,
@@ -142,23 +143,32 @@ fn lexically_clean(path: &Path) -> PathBuf {
     path.components().collect()
 }
 
-/// Checks what can be checked before anything starts: paths, every question, the batch arithmetic, model files and
-/// the room for a checkpoint. Paths must be absolute already. A model given by its hub name is fetched, once for all
-/// ranks, after everything else was found right.
+/// Checks what can be checked without a model's weights: paths, every question, the batch arithmetic, the model's
+/// configuration. Paths must be absolute already.
 ///
 /// # Errors
 /// What is wrong, and what to do.
-pub fn check(mut config: Config) -> Outcome<Checked> {
+pub fn examine(config: Config) -> Outcome<Examined> {
     let on_the_hub = hub_name(&config.actor_rollout_ref.model.path).is_some();
     preflight(&config, on_the_hub)?;
     let questions = Questions::load(&config)?;
     let plan = batch_plan(&config, Some(questions.train_rows() as u64)).map_err(Failure::operator)?;
-    if on_the_hub {
+    let model = model_shape(&config)?;
+    Ok(Examined { config, model, questions, plan })
+}
+
+/// Checks the rest: model files, and the room for a checkpoint. A model given by its hub name is fetched, once for all
+/// ranks; the settings have its folder afterwards.
+///
+/// # Errors
+/// What is wrong, and what to do.
+pub fn complete(mut config: Config) -> Outcome<Config> {
+    if hub_name(&config.actor_rollout_ref.model.path).is_some() {
         fetch_model(&mut config)?;
     }
     let model = check_model(&config)?;
     check_room(&config, model.weight_bytes())?;
-    Ok(Checked { config, model: model.config, questions, plan })
+    Ok(config)
 }
 
 /// One checkpoint must fit: weights as exported, plus f32 master weights and both moments of AdamW: seven times a
@@ -193,7 +203,8 @@ impl Proposal {
     /// What is wrong, and what to do.
     pub fn check(config: Config, working_dir: &Path) -> Outcome<Self> {
         let config = with_absolute_paths(config, working_dir);
-        let Checked { config, questions, .. } = check(config)?;
+        let Examined { config, questions, .. } = examine(config)?;
+        let config = complete(config)?;
         let (train_rows, validation_rows) = (questions.train_rows(), questions.validation_rows());
         let validation_sources = questions.validation.iter().map(|row| row.data_source.clone()).collect();
         let spec = JobSpec { config, train_rows, validation_rows, validation_sources, resume: None };

@@ -61,7 +61,7 @@ async fn a_job_that_fits_gets_a_plan_with_its_parts() {
     assert_eq!(code, Some(0), "{stdout}\n{stderr}");
     let parts = ["weights", "gradients", "optimizer", "KV cache", "activations", "peak", "for 2 ranks"];
     assert_says(&stdout, &parts);
-    assert_says(&stdout, &["micro-batches of up to 4096 tokens"]);
+    assert_says(&stdout, &["micro-batches of up to 4096 tokens", "a part in 2", "tools and rewards: "]);
 
     let args = ["--model", &tiny(), "--json", "--dtype", "bf16", "actor_rollout_ref.actor.use_kl_loss=True"];
     let report: Value = serde_json::from_str(&doctor(&playground, &args).await.stdout).unwrap();
@@ -72,6 +72,14 @@ async fn a_job_that_fits_gets_a_plan_with_its_parts() {
     let parameters = report["job"]["parameters"].as_u64().unwrap();
     assert_eq!(plan["rank"]["optimizer"].as_u64(), Some(12 * parameters), "whole on the one rank");
     assert!(plan["rank"]["total_bytes"].as_u64() <= plan["budget_bytes"].as_u64(), "{plan}");
+
+    let shared =
+        doctor(&playground, &["--model", &tiny(), "--json", "--dtype", "bf16", "--num-ranks", "2"]).await;
+    let report: Value = serde_json::from_str(&shared.stdout).unwrap();
+    let plan = &report["job"]["plan"];
+    assert_eq!(plan["optimizer_shards"], 2);
+    assert_eq!(plan["rank"]["optimizer"].as_u64(), Some(6 * parameters), "each has its half");
+    assert_eq!(plan["rank"]["gradients"].as_u64(), Some(4 * parameters), "and all gradients");
 }
 
 #[tokio::test]

@@ -285,6 +285,37 @@ async fn a_worker_scores_with_a_model_it_has_just_fetched() {
 }
 
 #[tokio::test]
+async fn a_job_that_no_machine_could_hold_is_refused_before_its_weights_are_fetched() {
+    let scene = Scene::new();
+    // As large as Llama-3.1-405B, by its configuration.
+    scene.hub.edit("config.json", |text| {
+        let mut config: serde_json::Value = serde_json::from_slice(text).unwrap();
+        for (key, value) in [
+            ("hidden_size", 16_384),
+            ("num_hidden_layers", 126),
+            ("num_attention_heads", 128),
+            ("num_key_value_heads", 8),
+            ("intermediate_size", 53_248),
+        ] {
+            config[key] = value.into();
+        }
+        config.as_object_mut().unwrap().remove("head_dim");
+        *text = config.to_string().into_bytes();
+    });
+    let playground = Playground::new().unwrap();
+    let all = settings(&["actor_rollout_ref.model.path=acme/tiny", "agent.model_name_or_path=acme/tiny"]);
+    let args: Vec<&str> = all.iter().map(String::as_str).collect();
+    let mut command = playground.command("coordinator", &args);
+    command.env("HF_ENDPOINT", scene.hub.endpoint()).env("HF_HOME", scene.cache.path());
+    let ended = tokio::time::timeout(Duration::from_secs(60), command.output()).await.unwrap();
+    let Ran { code, stdout, stderr } = Ran::from(ended.unwrap());
+    assert_eq!(code, Some(64), "the operator must act: {stdout}\n{stderr}");
+    assert_says(&stderr, &["not enough memory: a rank needs at least", "of weights"]);
+    assert!(scene.hub.asked().iter().any(|asked| asked.path.ends_with("config.json")));
+    assert!(scene.hub.transfers().is_empty(), "no weight was asked for: {:?}", scene.hub.transfers());
+}
+
+#[tokio::test]
 async fn a_job_trains_a_model_given_by_name_and_fetches_it_once_for_all_ranks() {
     let scene = Scene::new();
     let playground = Playground::new().unwrap();

@@ -151,7 +151,7 @@ pub(crate) const RULES: &[Rule] = &[
         "the model is what its directory says",
     ),
     any(
-        "actor_rollout_ref.model.{use_remove_padding,enable_gradient_checkpointing,enable_activation_offload,use_liger,use_fused_kernels,use_shm}",
+        "actor_rollout_ref.model.{use_remove_padding,enable_activation_offload,use_liger,use_fused_kernels,use_shm}",
         KERNELS,
     ),
     any("actor_rollout_ref.model.trust_remote_code", NO_CODE),

@@ -5,11 +5,7 @@
 use crate::model_dir::ModelConfig;
 
 use super::Precision;
-
-/// Logits of the head that exist at a time, as numbers; the head and the loss run in pieces of this size.
-const HEAD_NUMBERS: u64 = 32 << 20;
-/// Tokens of a piece at least, however large the vocabulary.
-const HEAD_TOKENS: u64 = 64;
+use super::workload::head_tokens;
 
 /// Numbers that one layer keeps of one token for the backward pass.
 ///
@@ -57,6 +53,6 @@ pub fn activation_bytes(model: &ModelConfig, precision: Precision, tokens: u64, 
 #[must_use]
 pub fn head_bytes(model: &ModelConfig, precision: Precision, tokens: u64) -> u64 {
     let vocab = u64::try_from(model.vocab).unwrap_or(u64::MAX).max(1);
-    let rows = (HEAD_NUMBERS / vocab / HEAD_TOKENS * HEAD_TOKENS).max(HEAD_TOKENS).min(tokens);
+    let rows = head_tokens(model.vocab).min(tokens);
     rows.saturating_mul(vocab).saturating_mul(4 + precision.bytes())
 }

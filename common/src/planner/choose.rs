@@ -2,7 +2,7 @@
 
 use crate::config::MicroBatch;
 
-use super::parts::{cache_bytes_a_token, rank_bytes, rollout_workspace, training_bytes};
+use super::parts::{cache_bytes_a_token, rank_bytes, rollout_workspace, sandbox_bytes, training_bytes};
 use super::refusal::{Lacking, Refusal};
 use super::workload::{DeviceKind, Machine, Workload};
 use super::{Plan, RankBytes};
@@ -32,35 +32,38 @@ pub fn plan(work: &Workload<'_>, machine: &Machine) -> Result<Plan, Box<Refusal>
 }
 
 /// What one rank may take of the memory: on a CPU node not the kernel's, the sandboxes' and other programs' share.
-pub(super) fn budget(machine: &Machine) -> Option<u64> {
+pub(super) fn budget(work: &Workload<'_>, machine: &Machine) -> Option<u64> {
     let memory = machine.memory_bytes?;
     Some(match machine.kind {
-        DeviceKind::Cpu => (memory - memory / 16).saturating_sub(512 << 20) / u64::from(machine.ranks.max(1)),
+        DeviceKind::Cpu => {
+            let share = (memory - memory / 16).saturating_sub(512 << 20) / u64::from(machine.ranks.max(1));
+            share.saturating_sub(sandbox_bytes(work, machine).kept_free)
+        }
         DeviceKind::Cuda => memory - memory / 16,
     })
 }
 
 /// A plan, or the least that would be needed and what it lacks.
 pub(super) fn attempt(work: &Workload<'_>, machine: &Machine) -> Result<Plan, (RankBytes, Lacking)> {
-    let budget = budget(machine);
+    let budget = budget(work, machine);
     let most =
         work.window.unwrap_or_else(|| u32::try_from(work.model.max_position_embeddings).unwrap_or(u32::MAX));
     let least_window = u64::from(work.window.unwrap_or(LEAST_WINDOW).min(most));
     let least = least_tokens(work, least_window);
     // One chain that fills its window, and the smallest micro-batch.
-    let least_rank = rank_bytes(work, machine.kind, (1, least_window), (least, work.can_recompute));
+    let least_rank = rank_bytes(work, machine.kind, (1, least_window), (least, work.may_recompute));
     let free = match budget {
         None => u64::MAX,
         Some(budget) if least_rank.total_bytes > budget => {
-            let held = least_rank.resident().saturating_add(least_rank.update_scratch);
-            let lacking = if held > budget { Lacking::Weights } else { Lacking::Tokens { least } };
+            let lacking =
+                if least_rank.resident() > budget { Lacking::Weights } else { Lacking::Tokens { least } };
             return Err((least_rank, lacking));
         }
         Some(budget) => budget - least_rank.resident(),
     };
 
     let plain = tokens_that_fit(work, free, false);
-    let frugal = if work.can_recompute { tokens_that_fit(work, free, true) } else { plain };
+    let frugal = if work.may_recompute { tokens_that_fit(work, free, true) } else { plain };
     let a_token = cache_bytes_a_token(work).max(1);
     let for_cache = free.saturating_sub(rollout_workspace(work, 1)) / a_token;
     let window = window(work, most, frugal, for_cache).ok_or((least_rank, Lacking::Tokens { least }))?;
@@ -78,11 +81,13 @@ pub(super) fn attempt(work: &Workload<'_>, machine: &Machine) -> Result<Plan, (R
     Ok(Plan {
         rank,
         longest_chain_bytes: (longest > rank.total_bytes).then_some(longest),
+        kind: machine.kind,
         ranks: machine.ranks,
         memory_bytes: machine.memory_bytes,
         budget_bytes: budget,
         precision: work.precision,
         optimizer_shards: work.optimizer_shards.max(1),
+        sandbox: sandbox_bytes(work, machine),
         window,
         shortened_from: (window < most).then_some(most),
         slots: u32::try_from(slots).unwrap_or(u32::MAX),

@@ -13,14 +13,13 @@
 //!
 //! | part | bytes |
 //! |---|---|
-//! | weights, and the matrices again as products read them | 2 P · e |
-//! | reference (`use_kl_loss`) | 2 P · e |
+//! | weights; on a CPU the matrices again, as products read them | P · e; 2 P · e |
+//! | reference (`use_kl_loss`) | the same |
 //! | gradients | 4 P: summed in f32 |
-//! | optimizer | 12 P: f32 master weights and both moments; divided by the ranks that share it |
+//! | optimizer | both moments in f32, of a bf16 model master weights, too: 8 P or 12 P; divided by the ranks that share it |
 //! | libtorch, tokenizer, process | [`fixed_bytes`] |
 //! | *rollout:* KV cache, prefill, sampling | [`Plan::cache_tokens`] · 2 · layers · kv · e, and workspace |
 //! | *training:* activations, head in pieces | [`activations`] |
-//! | *update:* scratch | the norm of the gradient, the hash of the weights |
 //!
 //! P weights, e bytes a number (f32 4, bf16 2), kv = key/value heads × channels of a head. The KV cache is given back
 //! before a training step, which is why rollout and training do not add up.
@@ -37,11 +36,11 @@ mod workload;
 
 pub use activations::{activation_bytes, head_bytes, layer_numbers};
 pub use choose::plan;
-pub use parts::{RankBytes, fixed_bytes, parameters};
+pub use parts::{RankBytes, SandboxBytes, fixed_bytes, parameters};
 pub use precision::Precision;
 pub use refusal::Refusal;
 pub use words::{bytes_in_words, rows};
-pub use workload::{DeviceKind, Machine, PREFILL_TOKENS, Workload};
+pub use workload::{DeviceKind, Machine, PREFILL_TOKENS, SandboxRoom, Workload, head_tokens};
 
 use serde::Serialize;
 
@@ -54,6 +53,8 @@ pub struct Plan {
     pub rank: RankBytes,
     /// The peak with a chain that fills its window, where that is more than a full micro-batch needs: it is one alone.
     pub longest_chain_bytes: Option<u64>,
+    /// On what.
+    pub kind: DeviceKind,
     /// Ranks that share the memory.
     pub ranks: u32,
     /// The memory they share, if it is known: the node's for CPU ranks, the GPU's for a rank on one.
@@ -64,6 +65,8 @@ pub struct Plan {
     pub precision: Precision,
     /// Ranks that share the optimizer's state; 1: each holds all of it.
     pub optimizer_shards: u32,
+    /// The Python processes beside it.
+    pub sandbox: SandboxBytes,
     /// Tokens a chain may have.
     pub window: u32,
     /// What the model was trained for, where memory makes the window shorter than that.

@@ -4,8 +4,8 @@ use serde::Serialize;
 
 use crate::model_dir::ModelConfig;
 
-use super::workload::{DeviceKind, PREFILL_TOKENS, Workload};
-use super::{activation_bytes, head_bytes, layer_numbers};
+use super::workload::{DeviceKind, Machine, PREFILL_TOKENS, Workload};
+use super::{Precision, activation_bytes, head_bytes, layer_numbers};
 
 /// libtorch and its kernels, this program, a tokenizer, chains on their way.
 const CPU_FIXED_BYTES: u64 = 220 << 20;
@@ -13,13 +13,15 @@ const CPU_FIXED_BYTES: u64 = 220 << 20;
 const CUDA_FIXED_BYTES: u64 = 1200 << 20;
 /// f32 tensors `[slots, vocab]` alive while tokens are drawn: logits, and their order where that is asked for.
 const SAMPLING_COPIES: u64 = 2;
-/// The norm of the gradient is taken in f64 from a copy.
-const SCRATCH_BYTES_A_WEIGHT: u64 = 8;
+/// A warm interpreter with the packages that snippets import.
+const INTERPRETER_BYTES: u64 = 128 << 20;
+/// What a call that computes little writes of the warm interpreter's pages and its own.
+const CALL_BYTES: u64 = 32 << 20;
 
 /// Bytes of one rank.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct RankBytes {
-    /// The network, and its matrices once more as products read them.
+    /// The network; on a CPU its matrices once more, as products read them.
     pub weights: u64,
     /// The frozen copy for the KL loss.
     pub reference: u64,
@@ -37,9 +39,7 @@ pub struct RankBytes {
     pub activations: u64,
     /// Head and loss, in pieces.
     pub head: u64,
-    /// What an update needs for a moment.
-    pub update_scratch: u64,
-    /// The peak: what is always held, and the largest of rollout, training and update.
+    /// The peak: what is always held, and the larger of rollout and training.
     pub total_bytes: u64,
 }
 
@@ -64,10 +64,28 @@ impl RankBytes {
     }
 
     fn summed(mut self) -> Self {
-        let at_times = self.rollout().max(self.training()).max(self.update_scratch);
-        self.total_bytes = self.resident().saturating_add(at_times);
+        self.total_bytes = self.resident().saturating_add(self.rollout().max(self.training()));
         self
     }
+}
+
+/// The Python processes of a rank's tools and rewards. They are no part of its own memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct SandboxBytes {
+    /// Calls at a time.
+    pub slots: u32,
+    /// What the plan leaves them: a warm interpreter, and calls that hold little.
+    pub kept_free: u64,
+    /// What they hold if every call reaches `sandbox.memory_mb`.
+    pub at_most: u64,
+}
+
+/// The sandbox beside a rank.
+pub(super) fn sandbox_bytes(work: &Workload<'_>, machine: &Machine) -> SandboxBytes {
+    let slots = work.sandbox.slots(machine.threads);
+    let all = |a_call: u64| a_call.saturating_mul(u64::from(slots)).saturating_add(INTERPRETER_BYTES);
+    let (kept_free, at_most) = (all(CALL_BYTES.min(work.sandbox.limit_bytes)), all(work.sandbox.limit_bytes));
+    SandboxBytes { slots, kept_free, at_most }
 }
 
 /// Number of weights.
@@ -79,7 +97,7 @@ pub fn parameters(model: &ModelConfig) -> u64 {
     model.tensors().iter().fold(0, |sum, (_, shape)| sum.saturating_add(count(shape)))
 }
 
-/// Weights that are held a second time, in the layout that products read: every matrix but an embedding that is not
+/// Weights that a CPU holds a second time, in the layout that products read: every matrix but an embedding that is not
 /// the head too.
 fn packed(model: &ModelConfig) -> u64 {
     let of = |dimension: i64| u64::try_from(dimension).unwrap_or(u64::MAX);
@@ -133,18 +151,23 @@ pub(super) fn rank_bytes(
     (tokens, recompute): (u64, bool),
 ) -> RankBytes {
     let (all, number) = (parameters(work.model), work.precision.bytes());
-    let weights = all.saturating_add(packed(work.model)).saturating_mul(number);
+    let again = if kind == DeviceKind::Cpu { packed(work.model) } else { 0 };
+    let weights = all.saturating_add(again).saturating_mul(number);
+    // An f32 model is its own master.
+    let a_weight = match work.precision {
+        Precision::F32 => 8,
+        Precision::Bf16 => 12,
+    };
     RankBytes {
         weights,
         reference: if work.reference { weights } else { 0 },
         gradients: all.saturating_mul(4),
-        optimizer: all.saturating_mul(12).div_ceil(u64::from(work.optimizer_shards.max(1))),
+        optimizer: all.saturating_mul(a_weight).div_ceil(u64::from(work.optimizer_shards.max(1))),
         fixed: fixed_bytes(kind),
         kv_cache: cache_bytes_a_token(work).saturating_mul(cache_tokens),
         rollout_workspace: rollout_workspace(work, slots),
         activations: activation_bytes(work.model, work.precision, tokens, recompute),
         head: head_bytes(work.model, work.precision, tokens),
-        update_scratch: all.saturating_mul(SCRATCH_BYTES_A_WEIGHT),
         total_bytes: 0,
     }
     .summed()

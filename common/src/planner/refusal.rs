@@ -50,7 +50,7 @@ impl Refusal {
     pub(super) fn new(work: &Workload<'_>, machine: &Machine, rank: RankBytes, lacking: Lacking) -> Self {
         Self {
             rank,
-            budget_bytes: budget(machine).unwrap_or(u64::MAX),
+            budget_bytes: budget(work, machine).unwrap_or(u64::MAX),
             memory_bytes: machine.memory_bytes.unwrap_or(u64::MAX),
             ranks: machine.ranks,
             changes: changes(work, machine),
@@ -81,6 +81,11 @@ fn changes(work: &Workload<'_>, machine: &Machine) -> Vec<String> {
         let text = "actor_rollout_ref.actor.use_kl_loss=False (no frozen reference)".to_owned();
         offer(text, Workload { reference: false, ..*work }, *machine);
     }
+    if !work.may_recompute {
+        all.may_recompute = true;
+        let text = "actor_rollout_ref.model.enable_gradient_checkpointing=True".to_owned();
+        offer(text, Workload { may_recompute: true, ..*work }, *machine);
+    }
     if work.micro_batch != MicroBatch::Planned {
         all.micro_batch = MicroBatch::Planned;
         let key = match work.micro_batch {
@@ -100,12 +105,14 @@ fn changes(work: &Workload<'_>, machine: &Machine) -> Vec<String> {
         all.window = Some(window.min(LEAST_OFFERED_WINDOW));
     }
     if machine.kind == DeviceKind::Cpu {
-        let fewer = (1..machine.ranks).rev().map(|ranks| Machine { ranks, ..*machine });
-        if let Some(fewer) = fewer.clone().find(|fewer| fits(work, fewer)) {
+        let fewer = (1..machine.ranks).rev().map(|ranks| machine.with_ranks(ranks));
+        let with = |ranks: u32| work.with_ranks(machine.ranks, ranks);
+        if let Some(fewer) = fewer.clone().find(|fewer| fits(&with(fewer.ranks), fewer)) {
             let text = format!("trainer.n_gpus_per_node={} instead of {}", fewer.ranks, machine.ranks);
-            offer(text, *work, fewer);
+            offer(text, with(fewer.ranks), fewer);
         } else if machine.ranks > 1 {
-            all_machine.ranks = 1;
+            all.optimizer_shards = with(1).optimizer_shards;
+            all_machine = machine.with_ranks(1);
             together.push("trainer.n_gpus_per_node=1".to_owned());
         }
     }

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
-use crate::config::MicroBatch;
+use crate::config::{Config, MicroBatch};
 use crate::model_dir::ModelConfig;
 
 const GIB: u64 = 1 << 30;
@@ -47,12 +47,13 @@ fn work(model: &ModelConfig) -> Workload<'_> {
         window: Some(1024),
         chains: 64,
         micro_batch: MicroBatch::Planned,
-        can_recompute: false,
+        may_recompute: true,
+        sandbox: SandboxRoom { slots: None, limit_bytes: GIB },
     }
 }
 
 fn cpu(gib: u64, ranks: u32) -> Machine {
-    Machine { kind: DeviceKind::Cpu, memory_bytes: Some(gib * GIB), ranks }
+    Machine { kind: DeviceKind::Cpu, memory_bytes: Some(gib * GIB), ranks, threads: (2 / ranks).max(1) }
 }
 
 #[test]
@@ -77,11 +78,77 @@ fn the_parts_are_those_of_the_table() {
     assert_eq!(layer_numbers(&model), layer);
     assert_eq!(rank.activations, 4096 * 2 * (31 * layer + 3 * 576));
     assert_eq!(rank.head, 640 * 49_152 * 6, "ten times 64 tokens make less than 32 Mi logits");
-    assert_eq!(
-        rank.total_bytes,
-        rank.resident() + rank.rollout().max(rank.training()).max(rank.update_scratch)
-    );
+    assert_eq!(rank.total_bytes, rank.resident() + rank.rollout().max(rank.training()));
     assert_eq!(plan.recompute_above_tokens, None);
+    let sandbox = plan.sandbox;
+    assert_eq!((sandbox.slots, sandbox.kept_free, sandbox.at_most >> 20), (2, 192 << 20, 2 * 1024 + 128));
+}
+
+#[test]
+fn an_f32_model_is_its_own_master_and_a_gpu_packs_nothing() {
+    let model = small();
+    let all = parameters(&model);
+    let f32_work = Workload { precision: Precision::F32, reference: true, ..work(&model) };
+    let rank = plan(&f32_work, &cpu(24, 1)).unwrap().rank;
+    assert_eq!((rank.weights, rank.gradients, rank.optimizer), (8 * all, 4 * all, 8 * all));
+    let gpu = Machine { kind: DeviceKind::Cuda, memory_bytes: Some(80 * GIB), ranks: 1, threads: 8 };
+    let plan = plan(&Workload { reference: true, ..work(&model) }, &gpu).unwrap();
+    assert_eq!((plan.rank.weights, plan.rank.reference), (2 * all, 2 * all));
+    assert!(rows(&plan)[0].2 == "bfloat16", "{:?}", rows(&plan)[0]);
+}
+
+/// A job's settings, with the small model on two ranks.
+fn settings(more: &[&str]) -> Config {
+    let mut all = vec!["trainer.n_gpus_per_node=2", "data.train_files=x.json"];
+    all.extend(more);
+    let all: Vec<String> = all.into_iter().map(str::to_owned).collect();
+    crate::config::resolve(&all, None, []).unwrap().config
+}
+
+#[test]
+fn a_jobs_settings_say_who_holds_what() {
+    let model = small();
+    let of = |more: &[&str]| Workload::of(&settings(more), &model, Precision::Bf16);
+    assert_eq!(of(&[]).optimizer_shards, 2, "ranks share by default");
+    assert_eq!(of(&["trainer.nnodes=2"]).optimizer_shards, 4);
+    assert_eq!(of(&["actor_rollout_ref.actor.fsdp_config.fsdp_size=1"]).optimizer_shards, 1);
+    assert_eq!(of(&["trainer.n_gpus_per_node=1"]).optimizer_shards, 1);
+    let few = ["data.train_batch_size=4", "agent.num_chains=4", "data.val_files=[]"];
+    assert_eq!(of(&few).chains, 8, "half of a step's");
+    assert_eq!(of(&[few[0], few[1], "data.val_files=v.json"]).chains, 64, "a validation has more");
+    assert!(of(&[]).may_recompute);
+    assert!(!of(&["actor_rollout_ref.model.enable_gradient_checkpointing=False"]).may_recompute);
+    let sandbox = of(&["sandbox.slots=3", "sandbox.memory_mb=256"]).sandbox;
+    assert_eq!(sandbox, SandboxRoom { slots: Some(3), limit_bytes: 256 << 20 });
+}
+
+#[test]
+fn the_sandbox_has_its_share_of_the_node_and_its_limit_is_held_against_it() {
+    let model = small();
+    let with =
+        |slots| Workload { sandbox: SandboxRoom { slots: Some(slots), limit_bytes: GIB }, ..work(&model) };
+    let (few, many) = (plan(&with(1), &cpu(24, 2)).unwrap(), plan(&with(33), &cpu(24, 2)).unwrap());
+    assert_eq!(few.budget_bytes.unwrap() - many.budget_bytes.unwrap(), GIB, "32 MiB a call");
+    let told =
+        |plan: &Plan| plan.in_words().into_iter().find(|line| line.contains("sandbox.memory_mb")).unwrap();
+    assert!(!told(&few).contains("no room"), "{}", told(&few));
+    assert!(
+        told(&many).contains("33 calls") && told(&many).contains("lower sandbox.slots"),
+        "{}",
+        told(&many)
+    );
+}
+
+#[test]
+fn what_is_not_free_now_is_told_with_both_figures() {
+    let model = small();
+    let plan = plan(&work(&model), &cpu(24, 2)).unwrap();
+    let both = 2 * plan.peak_bytes();
+    assert_eq!(plan.lacks_now(both), None);
+    let told = plan.lacks_now(GIB).unwrap();
+    for part in ["2 ranks need", &bytes_in_words(both), "1.0 GiB are free now"] {
+        assert!(told.contains(part), "{part}: {told}");
+    }
 }
 
 #[test]
@@ -115,14 +182,22 @@ fn a_job_that_cannot_fit_is_refused_with_its_parts_and_with_what_would() {
         "{refusal}"
     );
     assert!(plan(&tight, &cpu(8, 1)).is_ok(), "what is offered fits");
-    let refusal = plan(&tight, &cpu(6, 2)).unwrap_err();
+    let refusal = plan(&tight, &cpu(5, 2)).unwrap_err();
     assert_eq!(refusal.changes.len(), 1, "{refusal}");
     let all = &refusal.changes[0];
     for change in ["together", "dtype=bfloat16", "use_kl_loss=False", "n_gpus_per_node=1"] {
         assert!(all.contains(change), "{change}: {all}");
     }
     let smaller = Workload { precision: Precision::Bf16, reference: false, ..tight };
-    assert!(plan(&smaller, &cpu(6, 1)).is_ok(), "what is offered fits");
+    assert!(plan(&smaller, &cpu(5, 1)).is_ok(), "what is offered fits");
+
+    // Alone, a rank has all of the optimizer: a job that two ranks share is not told to take one where that needs more.
+    let whole = Workload { window: Some(512), ..work(&model) };
+    let shared = Workload { optimizer_shards: 8, ..whole };
+    let node = Machine { memory_bytes: Some(4 * GIB - GIB / 4), ..cpu(0, 8) };
+    let offers = |work: &Workload<'_>| plan(work, &node).unwrap_err().changes.join("; ");
+    assert!(plan(&shared, &node.with_ranks(1)).is_ok(), "an eighth of it would fit one rank");
+    assert!(!offers(&shared).contains("n_gpus_per_node"), "{}", offers(&shared));
 }
 
 #[test]
@@ -140,17 +215,17 @@ fn what_is_set_too_large_is_named_with_what_to_leave_out() {
         refusal.contains("65536 tokens") && refusal.contains("ppo_micro_batch_size_per_gpu out"),
         "{refusal}"
     );
-    let long = Workload { window: Some(8192), ..work(&model) };
+    let long = Workload { window: Some(8192), may_recompute: false, ..work(&model) };
     let refusal = plan(&long, &cpu(6, 1)).unwrap_err().to_string();
-    assert!(refusal.contains("actor_rollout_ref.rollout.max_model_len=4096"), "{refusal}");
-    let offered = Workload { window: Some(4096), ..work(&model) };
+    assert!(refusal.contains("actor_rollout_ref.rollout.max_model_len=2048"), "{refusal}");
+    let offered = Workload { window: Some(2048), ..long };
     assert!(plan(&offered, &cpu(6, 1)).is_ok(), "what is offered fits");
 }
 
 #[test]
 fn a_window_nobody_set_is_as_long_as_memory_allows_and_that_is_said() {
     let model = small();
-    let unset = Workload { window: None, ..work(&model) };
+    let unset = Workload { window: None, may_recompute: false, ..work(&model) };
     assert_eq!(plan(&unset, &cpu(24, 1)).unwrap().shortened_from, None);
     let plan = plan(&unset, &cpu(6, 1)).unwrap();
     assert!((1024..8192).contains(&plan.window) && plan.window.is_multiple_of(256), "{}", plan.window);
@@ -161,7 +236,7 @@ fn a_window_nobody_set_is_as_long_as_memory_allows_and_that_is_said() {
 #[test]
 fn activations_are_computed_again_only_where_they_do_not_fit_otherwise() {
     let model = small();
-    let can = Workload { can_recompute: true, window: Some(8192), ..work(&model) };
+    let can = Workload { window: Some(8192), ..work(&model) };
     assert_eq!(plan(&can, &cpu(24, 1)).unwrap().recompute_above_tokens, None);
     let tight = plan(&can, &cpu(5, 1)).unwrap();
     let above = tight.recompute_above_tokens.unwrap();
@@ -169,12 +244,15 @@ fn activations_are_computed_again_only_where_they_do_not_fit_otherwise() {
         above < 8192 && tight.micro_batch_tokens <= above,
         "the usual micro-batch is not slowed: {tight:?}"
     );
+    let refusal = plan(&Workload { may_recompute: false, ..can }, &cpu(5, 1)).unwrap_err();
+    let way_out = "actor_rollout_ref.model.enable_gradient_checkpointing=True";
+    assert!(refusal.changes.iter().any(|change| change == way_out), "{refusal}");
 }
 
 #[test]
 fn memory_that_is_not_known_refuses_nothing() {
     let model = large();
-    let unknown = Machine { kind: DeviceKind::Cuda, memory_bytes: None, ranks: 1 };
+    let unknown = Machine { kind: DeviceKind::Cuda, memory_bytes: None, ranks: 1, threads: 1 };
     let plan = plan(&work(&model), &unknown).unwrap();
     assert_eq!((plan.micro_batch_tokens, plan.budget_bytes), (16_384, None));
 }
@@ -190,9 +268,10 @@ proptest! {
     #[test]
     fn needs_grow_with_what_is_asked_and_choices_shrink_with_memory(
         window in 64_u32..4096, more in 1_u32..2048, tokens in 128_u32..4096, gib in 3_u64..64, ranks in 1_u32..6,
+        may_recompute: bool,
     ) {
         let model = small();
-        let base = Workload { window: Some(window), micro_batch: MicroBatch::Tokens(tokens), ..work(&model) };
+        let base = Workload { window: Some(window), micro_batch: MicroBatch::Tokens(tokens), may_recompute, ..work(&model) };
         let bytes = |work: &Workload<'_>, machine: &Machine| plan(work, machine).map(|plan| plan.rank).map_err(|no| no.rank);
         let room = cpu(4096, 1);
         let there = bytes(&base, &room).unwrap();
@@ -224,10 +303,11 @@ proptest! {
     #[test]
     fn any_shape_gets_a_plan_or_a_refusal(
         hidden in 1_i64..65_536, layers in 1_i64..200, mlp in 1_i64..200_000, vocab in 1_i64..1_000_000, gib in 0_u64..512,
+        may_recompute: bool,
     ) {
         let model = shape(hidden * 2, layers, (1, 1), mlp, vocab, true);
         let machine = cpu(gib, 2);
-        match plan(&work(&model), &machine) {
+        match plan(&Workload { may_recompute, ..work(&model) }, &machine) {
             Ok(plan) => prop_assert!(plan.rank.total_bytes <= plan.budget_bytes.unwrap()),
             Err(refusal) => prop_assert!(refusal.rank.total_bytes > refusal.budget_bytes, "{}", refusal),
         }

@@ -2,7 +2,8 @@
 
 use crate::config::MicroBatch;
 
-use super::{Plan, RankBytes};
+use super::workload::DeviceKind;
+use super::{Plan, Precision, RankBytes};
 
 /// `1.5 GiB`, `12 MiB`, `3 KiB`.
 #[must_use]
@@ -26,9 +27,8 @@ pub(super) fn sum_in_words(rank: &RankBytes) -> String {
         ("optimizer", rank.optimizer),
         ("libtorch and process", rank.fixed),
     ];
-    parts.push(match rank.update_scratch > rank.rollout().max(rank.training()) {
-        true => ("scratch of an update", rank.update_scratch),
-        false if rank.rollout() > rank.training() => ("KV cache of one chain and prefill", rank.rollout()),
+    parts.push(match rank.rollout() > rank.training() {
+        true => ("KV cache of one chain and prefill", rank.rollout()),
         false => ("activations and head", rank.training()),
     });
     let words = parts.into_iter().filter(|(_, bytes)| *bytes > 0);
@@ -39,20 +39,25 @@ pub(super) fn sum_in_words(rank: &RankBytes) -> String {
 #[must_use]
 pub fn rows(plan: &Plan) -> Vec<(&'static str, u64, String)> {
     let rank = &plan.rank;
-    let optimizer = match plan.optimizer_shards {
-        1 => "f32 master weights and both moments, whole on each rank".to_owned(),
-        shards => format!("f32 master weights and both moments, a part in {shards}"),
+    let state = match plan.precision {
+        Precision::F32 => "both moments",
+        Precision::Bf16 => "f32 master weights and both moments",
     };
+    let optimizer = match plan.optimizer_shards {
+        1 => format!("{state}, whole on each rank"),
+        shards => format!("{state}, a part in {shards}"),
+    };
+    let again = match plan.kind {
+        DeviceKind::Cpu => ", and the matrices again as products read them",
+        DeviceKind::Cuda => "",
+    };
+    let weights = format!("{}{again}", plan.precision);
     let cache = format!("{} tokens in up to {} chains; while chains run", plan.cache_tokens, plan.slots);
     let recompute = plan.recompute_above_tokens.is_some_and(|above| plan.micro_batch_tokens > above);
     let again = if recompute { ", computed again layer by layer" } else { "" };
     let activations = format!("a micro-batch of {} tokens{again}; while training", plan.micro_batch_tokens);
     vec![
-        (
-            "weights",
-            rank.weights,
-            format!("{}, and the matrices again as products read them", plan.precision),
-        ),
+        ("weights", rank.weights, weights),
         ("reference", rank.reference, "frozen copy for the KL loss".to_owned()),
         ("gradients", rank.gradients, "summed in float32".to_owned()),
         ("optimizer", rank.optimizer, optimizer),
@@ -61,11 +66,53 @@ pub fn rows(plan: &Plan) -> Vec<(&'static str, u64, String)> {
         ("rollout workspace", rank.rollout_workspace, "prefill and sampling; while chains run".to_owned()),
         ("activations", rank.activations, activations),
         ("head and loss", rank.head, "in pieces; while training".to_owned()),
-        ("update scratch", rank.update_scratch, "for a moment of an update".to_owned()),
     ]
 }
 
 impl Plan {
+    /// The peak of a rank, also with a chain that fills its window.
+    #[must_use]
+    pub fn peak_bytes(&self) -> u64 {
+        self.longest_chain_bytes.unwrap_or(0).max(self.rank.total_bytes)
+    }
+
+    /// What all ranks that share the memory need, where that is more than is free now.
+    #[must_use]
+    pub fn lacks_now(&self, free_bytes: u64) -> Option<String> {
+        let all = self.peak_bytes().saturating_mul(u64::from(self.ranks.max(1)));
+        let (free, peak) = (bytes_in_words(free_bytes), bytes_in_words(self.peak_bytes()));
+        let whose = match self.kind {
+            DeviceKind::Cpu if self.ranks > 1 => {
+                format!(
+                    "{} ranks need {peak} each at their peak, {} together",
+                    self.ranks,
+                    bytes_in_words(all)
+                )
+            }
+            _ => format!("a rank needs {peak} at its peak"),
+        };
+        (all > free_bytes).then(|| {
+            format!("{whose}, and {free} are free now: what else runs here must end, or a rank may be killed")
+        })
+    }
+
+    /// The Python processes beside each rank.
+    fn sandbox_in_words(&self) -> String {
+        let (calls, most) = (self.sandbox.slots, self.sandbox.at_most);
+        let mut words = format!(
+            "tools and rewards: {} kept free beside each rank, {} if {calls} calls reach sandbox.memory_mb at a time",
+            bytes_in_words(self.sandbox.kept_free),
+            bytes_in_words(most)
+        );
+        let with_tools = self.peak_bytes().saturating_add(most).saturating_mul(u64::from(self.ranks.max(1)));
+        if self.kind == DeviceKind::Cpu && self.memory_bytes.is_some_and(|memory| with_tools > memory) {
+            words.push_str(
+                ", for which there is no room: lower sandbox.slots or sandbox.memory_mb to be safe",
+            );
+        }
+        words
+    }
+
     /// What was decided, one fact a line.
     #[must_use]
     pub fn in_words(&self) -> Vec<String> {
@@ -100,6 +147,7 @@ impl Plan {
             "KV cache for {} tokens: {} chains at a time, {} tokens a chain",
             self.cache_tokens, self.slots, self.window
         ));
+        lines.push(self.sandbox_in_words());
         if let Some(trained) = self.shortened_from {
             lines.push(format!(
                 "chains end at {} tokens, for more do not fit (the model knows {trained}): set \

@@ -22,29 +22,32 @@ use crate::head::{Devices, Head, HeadOptions, WorkerOptions};
 use crate::memory_check::{check_nodes, plan_here};
 use crate::runtime_dir::RuntimeDir;
 use crate::store::summary::Summary;
-use crate::submission::{check, with_absolute_paths};
+use crate::submission::{Examined, complete, examine, with_absolute_paths};
 
 pub(super) async fn run(args: TrainArgs) -> Outcome<ExitCode> {
     let resolved = settings(&args.settings)?;
     let here = std::env::current_dir().map_err(Failure::operator)?;
     let config = with_absolute_paths(resolved.config, &here);
-    let checked = tokio::task::spawn_blocking(move || check(config)).await.map_err(Failure::us)??;
-    introduce(&checked.config, &resolved.notices, &checked.plan.in_words());
-    let (config, model) = (checked.config, checked.model);
+    let examined = tokio::task::spawn_blocking(move || examine(config)).await.map_err(Failure::us)??;
+    let Examined { config, model, plan, .. } = examined;
+    introduce(&config, &resolved.notices, &plan.in_words());
 
+    let mut running = find(&args).await?;
+    match &mut running {
+        Some(client) => check_nodes(&config, &model, &client.nodes().await?)?,
+        None => check_here(&config, &model)?,
+    }
+    let config = tokio::task::spawn_blocking(move || complete(config)).await.map_err(Failure::us)??;
     let signals = Signals::listen();
-    let head = match find(&args).await? {
-        Some(mut client) => {
-            check_nodes(&config, &model, &client.nodes().await?)?;
-            return submit(client, &config, &here, args.detach, &signals).await;
-        }
+    let head = match running {
+        Some(client) => return submit(client, &config, &here, args.detach, &signals).await,
         None if args.detach => {
             return Err(Failure::operator(anyhow::anyhow!(
                 "--detach needs a head that goes on; start one with `coordinator --head --detach`"
             )));
         }
         None => tokio::select! {
-            head = start_head(&config, &model) => head?,
+            head = start_head(&config) => head?,
             // What was started so far ends with the half-made head.
             signal = signals.nth(1) => return signal.map(|_| ExitCode::from(CANCELLED)),
         },
@@ -109,12 +112,17 @@ fn introduce(config: &Config, notices: &[Notice], plan: &[String]) {
     }
 }
 
-/// A head with a worker for this job alone, on free ports.
-async fn start_head(config: &Config, model: &ModelConfig) -> Outcome<Head> {
+/// Says what a rank will hold on this machine, or refuses what does not fit.
+fn check_here(config: &Config, model: &ModelConfig) -> Outcome {
     if let Some(plan) = plan_here(config, model, config.world_size()) {
         let plan = plan.map_err(Failure::operator)?;
         plan.in_words().iter().for_each(|words| println!("  {words}"));
     }
+    Ok(())
+}
+
+/// A head with a worker for this job alone, on free ports.
+async fn start_head(config: &Config) -> Outcome<Head> {
     let ranks = config.world_size();
     let worker = WorkerOptions::beside_this_program(None, Devices::Ranks(ranks))?;
     println!("no head is running: starting one for this job, with a worker for {ranks} ranks");

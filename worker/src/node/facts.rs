@@ -1,6 +1,6 @@
 //! What a node has: cores, memory, devices. Asked for more than there is, it refuses with the numbers.
 
-use agentfly_common::machine::{cores, memory};
+use agentfly_common::machine::{cores, gpus, memory};
 use agentfly_common::secret::Secret;
 use agentfly_proto::v1::{Device, NodeHello};
 
@@ -39,7 +39,7 @@ pub enum DeviceRequest {
 /// When it has fewer GPUs than asked for, or nothing to offer at all.
 pub(super) fn hello(options: &NodeOptions) -> anyhow::Result<NodeHello> {
     let cpus = options.cpus.unwrap_or_else(cores);
-    let devices = devices(options.devices, crate::gpu::present(), agentfly_policy::placement::cuda_built())?;
+    let devices = devices(options.devices, gpus(), agentfly_policy::placement::cuda_built())?;
     Ok(NodeHello {
         node_id: format!("{}-{}", hostname(), std::process::id()),
         hostname: hostname(),
@@ -61,7 +61,9 @@ fn devices(request: DeviceRequest, present: u32, cuda_built: bool) -> anyhow::Re
     };
     if gpus > usable {
         let why = match (present, cuda_built) {
-            (0, _) => "this machine has no NVIDIA GPU (no /dev/nvidia0)".to_owned(),
+            (0, _) => {
+                "no NVIDIA GPU is to be seen (no /dev/nvidiaN, or CUDA_VISIBLE_DEVICES hides them)".to_owned()
+            }
             (n, false) => format!(
                 "this machine has {n}, but this program is built with a CPU libtorch; \
                  build with LIBTORCH=<CUDA libtorch> and --features nccl"

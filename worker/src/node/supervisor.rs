@@ -14,6 +14,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 
 use super::NodeOptions;
+use crate::gpu::CUDA_ORDER;
 
 /// Lines kept of what a rank said last.
 const LAST_WORDS: usize = 30;
@@ -77,6 +78,7 @@ impl Supervisor {
             .args(["--parent-pid", &std::process::id().to_string()])
             .env("AGENTFLY_TOKEN", self.options.token.expose())
             .env("OMP_NUM_THREADS", start.threads.max(1).to_string())
+            .env(CUDA_ORDER.0, CUDA_ORDER.1)
             .envs(missing_for_libtorch())
             .stdin(Stdio::null())
             .stdout(Stdio::null())

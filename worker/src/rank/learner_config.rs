@@ -86,7 +86,7 @@ mod tests {
     fn learned(config: &Config, total_steps: u64) -> LearnerConfig {
         let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/models/tiny");
         let model = ModelConfig::from_dir(&dir).unwrap();
-        let machine = Machine { kind: DeviceKind::Cpu, memory_bytes: Some(16 << 30), ranks: 2 };
+        let machine = Machine { kind: DeviceKind::Cpu, memory_bytes: Some(16 << 30), ranks: 2, threads: 1 };
         let plan = plan(&Workload::of(config, &model, Precision::F32), &machine).unwrap();
         learner_config(config, total_steps, &plan)
     }

@@ -5,9 +5,9 @@
 use std::path::Path;
 
 use agentfly_common::config::{Config, Dtype as Asked};
-use agentfly_common::machine::memory;
+use agentfly_common::machine::{Memory, memory};
 use agentfly_common::model_dir::ModelConfig;
-use agentfly_common::planner::{DeviceKind, Machine, Plan, Workload, bytes_in_words, plan};
+use agentfly_common::planner::{DeviceKind, Machine, Plan, Workload, plan};
 use agentfly_policy::placement::{Dtype, Place};
 
 use super::RankOptions;
@@ -23,15 +23,35 @@ pub(crate) fn dtype(config: &Config) -> Dtype {
 }
 
 /// What this machine has for ranks on such a place.
-pub(crate) fn machine(place: Place, ranks: u32) -> Machine {
+pub(crate) fn machine(place: Place, ranks: u32, threads: u32) -> Found {
     match place {
         Place::Cpu => {
-            Machine { kind: DeviceKind::Cpu, memory_bytes: Some(memory().total_bytes), ranks: ranks.max(1) }
+            let Memory { total_bytes, available_bytes } = memory();
+            let ranks = ranks.max(1);
+            let machine = Machine { kind: DeviceKind::Cpu, memory_bytes: Some(total_bytes), ranks, threads };
+            Found { machine, free_bytes: Some(available_bytes) }
         }
         Place::Cuda(index) => {
             let gpu = gpu::list().into_iter().find(|gpu| gpu.index as usize == index);
-            Machine { kind: DeviceKind::Cuda, memory_bytes: gpu.and_then(|gpu| gpu.memory_bytes), ranks: 1 }
+            let (memory_bytes, free_bytes) =
+                gpu.map_or((None, None), |gpu| (gpu.memory_bytes, gpu.free_bytes));
+            let machine = Machine { kind: DeviceKind::Cuda, memory_bytes, ranks: 1, threads };
+            Found { machine, free_bytes }
         }
+    }
+}
+
+/// What [`machine`] found.
+pub(crate) struct Found {
+    pub(crate) machine: Machine,
+    /// Memory that nothing holds now, where it is known: the node's, or the GPU's.
+    pub(crate) free_bytes: Option<u64>,
+}
+
+impl Found {
+    /// What the plan's ranks lack of it now.
+    pub(crate) fn lacks_now(&self, plan: &Plan) -> Option<String> {
+        plan.lacks_now(self.free_bytes?)
     }
 }
 
@@ -44,17 +64,13 @@ pub(super) fn plan_rank(options: &RankOptions, config: &Config, model_dir: &Path
     model.window(&config.actor_rollout_ref.rollout)?;
     let place = options.device.0;
     let work = Workload::of(config, &model, dtype(config).precision(&model, place));
-    let plan = plan(&work, &machine(place, options.ranks_on_node))?;
+    let found = machine(place, options.ranks_on_node, options.threads);
+    let plan = plan(&work, &found.machine)?;
     for line in plan.in_words() {
         tracing::info!("memory: {line}");
     }
-    let available = memory().available_bytes;
-    if place == Place::Cpu && available < plan.rank.total_bytes {
-        tracing::warn!(
-            "memory: only {} are free now, for other programs run here; this rank's peak is {}",
-            bytes_in_words(available),
-            bytes_in_words(plan.rank.total_bytes)
-        );
+    if let Some(words) = found.lacks_now(&plan) {
+        tracing::warn!("memory: {words}");
     }
     Ok(plan)
 }

@@ -44,6 +44,8 @@ impl ActorRolloutRef {
 pub struct Model {
     /// Hugging Face directory.
     pub path: PathBuf,
+    /// Whether activations may be computed again in the backward pass, where memory asks for it.
+    pub enable_gradient_checkpointing: bool,
 }
 
 /// `actor_rollout_ref.actor.*`.

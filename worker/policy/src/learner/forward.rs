@@ -8,17 +8,13 @@
 use std::ops::Range;
 
 use agentfly_c10d::ops;
+use agentfly_common::planner::head_tokens;
 use tch::{Device, Kind, Tensor};
 
 use super::config::MicroBatchLimit;
 use super::error::LearnerError;
 use super::microbatch::{Row, TokenBatch, plan};
 use crate::model::{Attention, Decoder, ModelError, Rotation};
-
-/// Logits that exist at a time: 128 MiB in f32. Enough rows that adding the head's gradient is a small part.
-const HEAD_ELEMENTS: i64 = 32 << 20;
-/// Pieces are a multiple of this many tokens, the height of the matrix unit's tiles.
-const HEAD_ROWS: i64 = 64;
 
 /// Log-prob and entropy of some of a micro-batch's targets, `[n]` f32 each, leaves of autograd.
 pub(super) struct Targets<'a> {
@@ -28,8 +24,7 @@ pub(super) struct Targets<'a> {
 
 /// The batch's tokens in runs whose logits may exist together.
 fn pieces(decoder: &Decoder, tokens: usize) -> impl Iterator<Item = Range<usize>> {
-    let rows = HEAD_ELEMENTS / decoder.config().vocab.max(1) / HEAD_ROWS * HEAD_ROWS;
-    let rows = rows.max(HEAD_ROWS) as usize;
+    let rows = head_tokens(decoder.config().vocab) as usize;
     (0..tokens).step_by(rows).map(move |start| start..(start + rows).min(tokens))
 }
 

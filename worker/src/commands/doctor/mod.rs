@@ -67,6 +67,8 @@ struct JobReport {
     parameters: u64,
     device: &'static str,
     plan: Plan,
+    /// What the ranks lack of the memory that is free now; nothing: it is enough.
+    lacks_now: Option<String>,
 }
 
 /// Prints what there is, and the plan.
@@ -124,8 +126,10 @@ fn examine(args: &DoctorArgs, facts: &Facts) -> anyhow::Result<Option<JobReport>
     let usable = if cuda_built() { facts.gpus.len() } else { 0 };
     let place = if ranks as usize <= usable { Place::Cuda(0) } else { Place::Cpu };
     let work = Workload::of(config, &model, dtype(config).precision(&model, place));
-    let plan = plan(&work, &machine(place, ranks))?;
+    let found = machine(place, ranks, (facts.cores / ranks.max(1)).max(1));
+    let plan = plan(&work, &found.machine)?;
     Ok(Some(JobReport {
+        lacks_now: found.lacks_now(&plan),
         parameters: parameters(&model),
         architecture: model.architecture.class_name(),
         model: dir,

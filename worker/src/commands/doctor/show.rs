@@ -61,8 +61,15 @@ fn gpus(facts: &Facts) -> String {
     }
     let words = facts.gpus.iter().map(|gpu| {
         let name = gpu.name.as_deref().unwrap_or("of unknown kind (no nvidia-smi)");
-        let memory = gpu.memory_bytes.map(|bytes| format!(", {}", bytes_in_words(bytes))).unwrap_or_default();
-        format!("{}: {name}{memory}", gpu.index)
+        let memory = |bytes: Option<u64>, what: &str| {
+            bytes.map(|bytes| format!(", {}{what}", bytes_in_words(bytes))).unwrap_or_default()
+        };
+        format!(
+            "{}: {name}{}{}",
+            gpu.index,
+            memory(gpu.memory_bytes, ""),
+            memory(gpu.free_bytes, " free now")
+        )
     });
     let mut lines: Vec<String> = words.collect();
     if facts.idle_gpus() {
@@ -80,11 +87,7 @@ fn plan(job: &JobReport) -> String {
         all.add_row([name.to_owned(), bytes_in_words(bytes), what]);
     }
     let rank = &job.plan.rank;
-    let largest = match (rank.rollout(), rank.training(), rank.update_scratch) {
-        (rollout, training, scratch) if rollout >= training && rollout >= scratch => "while chains run",
-        (_, training, scratch) if training >= scratch => "while training",
-        _ => "in an update",
-    };
+    let largest = if rank.rollout() >= rank.training() { "while chains run" } else { "while training" };
     all.add_row(["peak".to_owned(), bytes_in_words(rank.total_bytes), largest.to_owned()]);
     if let Some(bytes) = all.column_mut(1) {
         bytes.set_cell_alignment(CellAlignment::Right);
@@ -100,6 +103,10 @@ fn plan(job: &JobReport) -> String {
     for line in job.plan.in_words() {
         text.push_str("\n  ");
         text.push_str(&line);
+    }
+    if let Some(words) = &job.lacks_now {
+        text.push_str("\n  now: ");
+        text.push_str(words);
     }
     text
 }
