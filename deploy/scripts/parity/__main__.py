@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -29,7 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from checks import Bf16Errors, compare  # noqa: E402
-from probe import Probe, ProbeError  # noqa: E402
+from probe import Probe, ProbeError, ProbeGoneError  # noqa: E402
 from report import Findings  # noqa: E402
 from texts import Texts, random_texts, written_texts  # noqa: E402
 from variants import VARIANTS, Model, drawn, edges  # noqa: E402
@@ -115,6 +116,9 @@ class Run:
             started = time.monotonic()
             try:
                 compare(self.findings, errors, self.probe, group, name, folder, texts, self.options.seed)
+            except ProbeGoneError as error:
+                self.findings.failures.append(f"{name}: {error}; what comes after it was not compared")
+                raise
             except (ProbeError, ValueError) as error:
                 self.findings.failures.append(f"{name}: {error}")
             self.done += 1
@@ -157,7 +161,7 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
     started = time.monotonic()
-    with Probe(options.probe, options.threads, options.deadline) as probe:
+    with Probe(options.probe, options.threads, options.deadline) as probe, suppress(ProbeGoneError):
         run = Run(options, probe)
         for variant in VARIANTS:
             if variant in options.kinds:

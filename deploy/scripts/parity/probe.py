@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import subprocess
@@ -16,7 +17,11 @@ from safetensors.torch import load_file
 
 
 class ProbeError(RuntimeError):
-    """The probe refused a request, is gone, or does not answer."""
+    """The probe refused a request."""
+
+
+class ProbeGoneError(ProbeError):
+    """The probe ended, or did not answer in time: nothing further can be compared."""
 
 
 class Probe:
@@ -43,7 +48,8 @@ class Probe:
 
     def __exit__(self, *_: object) -> None:
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it is gone, and a request to it was not read
+                self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -55,7 +61,8 @@ class Probe:
         """The answer's value.
 
         Raises:
-            ProbeError: with the probe's reason, its exit status when it is gone, or the time it did not answer in.
+            ProbeError: with the probe's reason.
+            ProbeGoneError: with its exit status, or the time in which it did not answer.
         """
         assert self._process.stdin is not None
         deadline = time.monotonic() + self._deadline_seconds
@@ -65,13 +72,13 @@ class Probe:
             line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             self._process.kill()
-            raise ProbeError(
+            raise ProbeGoneError(
                 f"{op}: no answer in {self._deadline_seconds:.0f} s; --deadline allows the probe more"
             ) from None
         except BrokenPipeError:
             line = ""
         if not line:
-            raise ProbeError(f"{op}: the probe ended with {self._ending()}")
+            raise ProbeGoneError(f"{op}: the probe ended with {self._ending()}")
         answer = json.loads(line)
         if "error" in answer:
             raise ProbeError(f"{op}: {answer['error']}")
