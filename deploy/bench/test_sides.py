@@ -8,11 +8,13 @@ import sys
 import tempfile
 import time
 import unittest
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from bench import best_of
 from machine import peak_mb, reset_peaks
+from report import Report
 from sections import learner
 from side import Failed, Measurement, Side
 from sides import splits
@@ -81,10 +83,6 @@ class FakeBench:
     """What `learner` asks of a Bench, with given runs."""
 
     def __init__(self, runs: dict[str, list[Measurement]]) -> None:
-        from contextlib import nullcontext
-
-        from report import Report
-
         self.runs, self.report, self.shares = runs, Report(), []
         self.places, self.bar, self.running = self, lambda *_, **__: None, lambda *_: nullcontext()
         self.chosen_by: Any = None
