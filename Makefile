@@ -1,7 +1,6 @@
 # Everything a newcomer needs: `make train`, `make test`. `make help` lists the rest.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-export CARGO_BUILD_JOBS ?= 2
 
 MODEL ?= tiny
 STEPS ?= 40
@@ -40,7 +39,7 @@ bench: setup ## Measure engine and learner on the tiny model, updates, and the s
 	OMP_NUM_THREADS=1 cargo run --release --locked -q -p agentfly-c10d --example collectives
 	cargo run --release --locked -q -p agentfly-sandbox --example bench
 
-bench-engine: setup ## Measure engine and learner beside the peers; MODEL=smollm2 ONLY=rollout,learner DTYPE=bf16 REPEATS=3 …
+bench-engine: setup ## Measure engine and learner beside the peers; MODEL=smollm2 ONLY=rollout,learner DTYPE=bf16 REPEATS=3 STRICT=1 …
 	cargo build --release --locked $(BENCH_BINARIES)
 	@[ "$(BENCH_MODEL)" != smollm2 ] || [ -f deploy/models/smollm2/config.json ] || $(MAKE) --no-print-directory smollm2
 	MODEL=$(BENCH_MODEL) python3 deploy/bench/bench_engine.py
@@ -53,7 +52,8 @@ bench-setup: ## Install the peers that bench-engine measures: transformers, TRL,
 	@deploy/bench/setup.sh
 
 parity: setup ## Compare with PyPI's transformers: logits to gradients and exports (SEED=1 COUNT=3 ONLY=edges,smollm2; installs it once, 4.7 GB)
-	@[ -f deploy/models/smollm2/config.json ] || [ -n "$(ONLY)" ] || $(MAKE) --no-print-directory smollm2
+	@[ -f deploy/models/smollm2/config.json ] || [ -z "$(if $(ONLY),$(findstring smollm2,$(ONLY)),smollm2)" ] || \
+		$(MAKE) --no-print-directory smollm2
 	cargo build --release --locked -p agentfly-policy --example parity_probe
 	@python=$$(deploy/scripts/setup_hf.sh) && \
 		$$python deploy/scripts/parity --seed $(SEED) $(if $(COUNT),--count $(COUNT)) $(if $(ONLY),--only $(ONLY))

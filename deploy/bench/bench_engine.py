@@ -23,9 +23,11 @@ from typing import Any, NoReturn
 
 import machine
 import work
-from sections import SECTIONS, Bench
+from bench import Bench
+from sections import SECTIONS
 from sides import REPOSITORY, Places
 
+HERE = Path(__file__).resolve().parent
 EXAMPLES = REPOSITORY / "target/release/examples"
 DTYPES = ("bf16", "f32")
 
@@ -53,6 +55,8 @@ def arguments() -> argparse.Namespace:
                         help="of each side in all (THREADS; default: the cores that this process may use)")
     parser.add_argument("--deadline", type=float, default=float(given("DEADLINE", "600")),
                         help="seconds for a side's start and for each measurement (DEADLINE; default 600)")
+    parser.add_argument("--strict", action="store_true", default=given("STRICT", "0") not in ("0", "no", "false"),
+                        help="exit with status 1 when a bar does not hold (STRICT=1)")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
     parser.add_argument("--hf-python", default=given("BENCH_HF_PYTHON", "third_party/bench-hf/bin/python"),
                         help="interpreter with transformers and TRL (BENCH_HF_PYTHON)")
@@ -95,12 +99,25 @@ def parameters_of(model: Path) -> int:
 
 
 def interpreter(path: str, no_peers: bool) -> Path | None:
-    """A peer's Python, if it is there; one that setup.sh makes is when it is complete."""
+    """A peer's Python, if it is there; one that setup.sh makes is when it is complete, and of the present requirements:
+    its stamp ends with their checksum."""
     python = REPOSITORY / path  # not resolved: a virtual environment's is a link
     if no_peers or not python.exists():
         return None
-    made_here = python.is_relative_to(REPOSITORY / "third_party")
-    return None if made_here and not (python.parents[1] / ".stamp").exists() else python
+    if not python.is_relative_to(REPOSITORY / "third_party"):
+        return python
+    environment = python.parents[1]
+    requirements = HERE / f"requirements-{environment.name.removeprefix('bench-')}.txt"
+    stamp = environment / ".stamp"
+    if not stamp.is_file() or not requirements.is_file():
+        return None
+    with requirements.open("rb") as file:
+        done = subprocess.run(["cksum"], stdin=file, capture_output=True, text=True, timeout=20, check=True)
+    if stamp.read_text(encoding="utf-8").split()[-2:] == done.stdout.split():
+        return python
+    print(f"bench-engine: {environment} was made from other requirements and is not used; "
+          "`make bench-setup` makes it anew", file=sys.stderr)
+    return None
 
 
 def template_of(model: Path) -> str | None:
@@ -140,12 +157,14 @@ def prepare(options: argparse.Namespace) -> Bench:
     longest, tool = max(map(len, ids["prompts"])), max(map(len, ids["observations"]))
     turns, sampled = work.MULTI_TURN["turns"], work.MULTI_TURN["new_tokens"]
     needed = longest + max(work.NEW_TOKENS, int(turns * sampled + (turns - 1) * tool)) + 1
+    parameters = parameters_of(model)
     places = Places(
         model=model, work=work_file, logs=logs, engine_bench=EXAMPLES / "engine_bench",
         hf_python=interpreter(options.hf_python, options.no_peers),
         vllm_python=interpreter(options.vllm_python, options.no_peers),
-        threads=options.threads or len(os.sched_getaffinity(0)), window=-(-needed // 64) * 64)
-    bench = Bench(places, parameters_of(model), options.repeats, sorted(batches), options.deadline,
+        threads=options.threads or len(os.sched_getaffinity(0)), window=-(-needed // 64) * 64,
+        parameters=parameters)
+    bench = Bench(places, parameters, options.repeats, sorted(batches), options.deadline,
                   peers=not options.no_peers)
     lengths = sorted(map(len, ids["prompts"]))
     bench.report.facts = {
@@ -162,7 +181,7 @@ def write(bench: Bench, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     files: list[tuple[Path, dict[str, Any]]] = [(out, bench.report.json())]
     if bench.traces:
-        files.append((out.with_suffix(".trace.json"), {"traceEvents": bench.traces}))
+        files.append((out.with_suffix(".trace.json"), {"traceEvents": bench.traces, "displayTimeUnit": "ms"}))
     for path, content in files:
         partial = path.with_name(path.name + ".tmp")
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -211,7 +230,10 @@ def main() -> int:
     for who, why in bench.failures.items():
         print(f"failed: {who}: {why}")
     print(f"written: {out}")
-    return status or (1 if bench.failures else 0)
+    fell_short = [row for row in bench.report.rows if row.failed()]
+    if options.strict and fell_short:
+        print(f"{len(fell_short)} bars do not hold, and --strict was given")
+    return status or (1 if bench.failures or (options.strict and fell_short) else 0)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 TICKS = os.sysconf("SC_CLK_TCK")
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-SAMPLE_SECONDS = 0.1
+RESET_PEAK = "5"
+"""What makes /proc/PID/clear_refs count a process's peak of resident memory anew."""
 
 
 def describe() -> dict[str, Any]:
@@ -21,15 +20,28 @@ def describe() -> dict[str, Any]:
     fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}
     flags = fields.get("flags", "").split()
-    memory = Path("/proc/meminfo").read_text(encoding="utf-8").split()
     return {
         "cpu": fields.get("model name", "unknown"),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)),
         "flags": [flag for flag in FLAGS if flag in flags],
-        "memory_mb": int(memory[1]) // 1024,
+        "memory_mb": int(memory_bytes("MemTotal") / 1e6),
         "kernel": os.uname().release,
     }
+
+
+def memory_bytes(name: str) -> int:
+    """A line of /proc/meminfo: MemTotal, MemAvailable."""
+    return field_bytes(Path("/proc/meminfo"), name)
+
+
+def field_bytes(path: Path, name: str) -> int:
+    """`NAME:  123 kB` of one of the kernel's files; 0 where the process has gone."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def processes() -> dict[int, tuple[int, int]]:
@@ -58,15 +70,25 @@ def tree(roots: Iterable[int], known: dict[int, tuple[int, int]] | None = None) 
     return found
 
 
-def resident_mb(pids: Iterable[int]) -> float:
-    """Resident memory of processes by the system's count; what they share counts for each."""
-    pages = 0
+def reset_peaks(pids: Iterable[int]) -> None:
+    """Lets each process's peak of resident memory begin from what it holds now."""
     for pid in pids:
         try:
-            pages += int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
-        except (OSError, IndexError):
+            Path(f"/proc/{pid}/clear_refs").write_text(RESET_PEAK, encoding="ascii")
+        except OSError:
             continue
-    return pages * PAGE_BYTES / 1e6
+
+
+def peak_mb(pids: Iterable[int]) -> float:
+    """Peak of resident memory since `reset_peaks`, by the kernel's own count. Of several processes the sum of their
+    peaks, in which pages that they share now count once."""
+    pids = list(pids)
+    total = sum(field_bytes(Path(f"/proc/{pid}/status"), "VmHWM") for pid in pids)
+    if len(pids) > 1:
+        for pid in pids:
+            held, own_part = (field_bytes(Path(f"/proc/{pid}/smaps_rollup"), name) for name in ("Rss", "Pss"))
+            total -= held - own_part
+    return total / 1e6
 
 
 def busy_ticks() -> int:
@@ -85,28 +107,19 @@ class Meter:
     def __init__(self, roots: list[int]) -> None:
         self.roots = roots
         self.peak_mb = self.foreign_cores = self.seconds = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _ticks(self) -> tuple[int, int, float]:
         known = processes()
         own = sum(known[pid][1] for pid in tree(self.roots, known))
         return busy_ticks(), own, time.monotonic()
 
-    def _watch(self) -> None:
-        while True:
-            self.peak_mb = max(self.peak_mb, resident_mb(tree(self.roots)))
-            if self._stop.wait(SAMPLE_SECONDS):
-                return
-
     def __enter__(self) -> Meter:
+        reset_peaks(tree(self.roots))
         self._before = self._ticks()
-        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
         busy, own, now = (after - before for before, after in zip(self._before, self._ticks(), strict=True))
         self.seconds = now
         self.foreign_cores = max(0.0, (busy - own) / TICKS / max(now, 0.01))
+        self.peak_mb = peak_mb(tree(self.roots))

@@ -23,6 +23,8 @@ class Values:
     foreign_cores: list[float]
     larger_is_better: bool = True
     note: str = ""
+    caveat: str = ""
+    """What the side lacked to be at its best."""
 
     def best(self) -> float:
         """Of the repeats."""
@@ -82,12 +84,20 @@ class Row:
         """pass, FAIL, or why there is none."""
         figure = self.figure()
         if figure is None:
-            return self.missing or "not measured"
+            return self.missing or ("" if self.ours and not self.bar else "not measured")
         if self.bar is None:
             return ""
-        noise = max((side.noise() for side in (self.ours, self.peer) if side is not None), default=0.0)
+        sides = [side for side in (self.ours, self.peer) if side is not None]
+        noise = max((side.noise() for side in sides), default=0.0)
+        doubts = [f"others took {noise:.1f} cores"] if noise > NOISY_CORES else []
+        doubts += [side.caveat for side in sides if side.caveat]
         word = "pass" if self.bar.holds(figure) else "FAIL"
-        return f"{word} (others took {noise:.1f} cores)" if noise > NOISY_CORES else word
+        return f"{word} ({', '.join(doubts)})" if doubts else word
+
+    def failed(self) -> bool:
+        """Whether a bar does not hold."""
+        figure = self.figure()
+        return figure is not None and self.bar is not None and not self.bar.holds(figure)
 
     def json(self) -> dict[str, Any]:
         """All of it."""
@@ -108,7 +118,7 @@ def values(side: str, unit: str, runs: list[Measurement], of: Callable[[Measurem
     if not runs:
         return None
     numbers = [of(run) for run in runs]
-    return Values(side, unit, numbers, [run.foreign_cores for run in runs], larger_is_better, note)
+    return Values(side, unit, numbers, [run.foreign_cores for run in runs], larger_is_better, note, runs[0].caveat)
 
 
 def number(value: float) -> str:

@@ -6,6 +6,7 @@ ends.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from machine import Meter, processes, resident_mb, tree
+from machine import Meter, processes, tree
 
 PR_SET_PDEATHSIG = 1
 STOP_SECONDS = 8
@@ -41,6 +42,8 @@ class Measurement:
     answers: list[dict[str, Any]]
     peak_mb: float
     foreign_cores: float
+    caveat: str = ""
+    """What the side lacks to be at its best here."""
 
     def inner_seconds(self) -> float:
         """The slowest process's own clock."""
@@ -56,10 +59,12 @@ class Measurement:
 
 
 class Child:
-    """A process with a line protocol; its standard error goes to a file."""
+    """A process with a line protocol; its standard error goes to a file, its answers into a queue: (`number`, line),
+    and (`number`, None) when there will be no more."""
 
-    def __init__(self, command: list[str], environment: Mapping[str, str], log: Path) -> None:
-        self.log = log
+    def __init__(self, number: int, command: list[str], environment: Mapping[str, str], log: Path,
+                 arrived: queue.Queue[tuple[int, str | None]]) -> None:
+        self.number, self.log, self._arrived = number, log, arrived
         self.started = time.monotonic()
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
@@ -67,44 +72,33 @@ class Child:
                 text=True, bufsize=1, process_group=0,
                 preexec_fn=lambda: _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
             )
-        self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.put(line)
-        self._lines.put(None)
+        with self.process.stdout as lines:
+            for line in lines:
+                self._arrived.put((self.number, line))
+        self._arrived.put((self.number, None))
 
     def send(self, request: dict[str, Any]) -> None:
-        """Hands a request over."""
+        """Hands a request over; one that has ended shows by its answers' end."""
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError, ValueError):
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-        except (BrokenPipeError, ValueError) as error:
-            raise Failed(self.ending()) from error
-
-    def receive(self, deadline: float) -> dict[str, Any]:
-        """The next answer, until `deadline` on the monotonic clock."""
-        line: str | None = ""
-        while line is not None and not line.startswith("{"):  # a library's greeting
-            try:
-                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                raise Failed(f"no answer before its deadline; its output is in {self.log}") from None
-        if line is None:
-            raise Failed(self.ending())
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
     def ending(self) -> str:
         """How it ended, and why by its log."""
-        status = self.process.wait(STOP_SECONDS)
-        how = f"status {status}" if status >= 0 else f"signal {-status}"
-        hint = " (was memory short? the kernel's log says whom it killed)" if status == -signal.SIGKILL else ""
+        try:
+            status = self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            how, hint = "its output closed, though it still runs", ""
+        else:
+            how = f"it ended with status {status}" if status >= 0 else f"it ended with signal {-status}"
+            hint = " (was memory short? the kernel's log says whom it killed)" if status == -signal.SIGKILL else ""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return f"it ended with {how}{hint}: " + " | ".join(lines[-LAST_WORDS:])[-700:]
+        return f"{how}{hint}: " + " | ".join(lines[-LAST_WORDS:])[-700:]
 
     def members(self) -> set[int]:
         """It, what descends from it, and what was orphaned in its process group."""
@@ -135,7 +129,9 @@ class Child:
             while time.monotonic() < deadline and (self.process.poll() is None or self.members() - {self.process.pid}):
                 time.sleep(0.05)
             deadline += 2
-        self.process.wait(STOP_SECONDS)
+        # One that the kernel does not let go yet ends when it does: its signal waits.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_SECONDS)
 
 
 @dataclass
@@ -146,34 +142,60 @@ class Side:
     commands: list[list[str]]
     environment: Mapping[str, str]
     log: Path
+    caveat: str = ""
+    """What it lacks to be at its best here."""
     children: list[Child] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    _arrived: queue.Queue[tuple[int, str | None]] = field(default_factory=queue.Queue)
 
     def start(self) -> None:
         """Starts the processes; their first answer says that they are ready."""
-        self.log.unlink(missing_ok=True)
-        for command in self.commands:
-            self.children.append(Child(command, self.environment, self.log))
+        self._arrived = queue.Queue()
+        for number, command in enumerate(self.commands):
+            log = self.log if len(self.commands) == 1 else self.log.with_suffix(f".{number}.log")
+            log.unlink(missing_ok=True)
+            self.children.append(Child(number, command, self.environment, log, self._arrived))
 
     def measure(self, request: dict[str, Any], deadline_seconds: float) -> Measurement:
-        """Sends the request to every process and waits for all answers."""
+        """Sends the request to every process and waits for all answers; the first that ends fails it."""
         deadline = time.monotonic() + deadline_seconds
         with Meter([child.process.pid for child in self.children]) as meter:
             started = time.monotonic()
             for child in self.children:
                 child.send(request)
-            answers = [child.receive(deadline) for child in self.children]
+            answers = self._receive(deadline)
             seconds = time.monotonic() - started
         self.versions.update(answers[0].get("versions", {}))
-        return Measurement(seconds, answers, meter.peak_mb, meter.foreign_cores)
+        return Measurement(seconds, answers, meter.peak_mb, meter.foreign_cores, self.caveat)
+
+    def _receive(self, deadline: float) -> list[dict[str, Any]]:
+        """An answer of each process, in their order, until `deadline` on the monotonic clock."""
+        answers: dict[int, dict[str, Any]] = {}
+        while len(answers) < len(self.children):
+            try:
+                number, line = self._arrived.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                silent = next(child for child in self.children if child.number not in answers)
+                raise Failed(f"{self._who(silent.number)}no answer before its deadline; "
+                             f"its output is in {silent.log}") from None
+            if line is None:
+                raise Failed(self._who(number) + self.children[number].ending())
+            if line.startswith("{"):  # else a library's greeting
+                answers[number] = json.loads(line)
+        return [answers[child.number] for child in self.children]
+
+    def _who(self, number: int) -> str:
+        """Which of several processes."""
+        return f"rank {number} of {len(self.children)}: " if len(self.children) > 1 else ""
+
+    def facts(self) -> dict[str, Any]:
+        """What ran, for the JSON file."""
+        preload = self.environment.get("LD_PRELOAD", "")
+        return {"versions": self.versions, "preload": preload, "commands": self.commands, "caveat": self.caveat}
 
     def age(self) -> float:
         """Seconds since its first process was started."""
         return time.monotonic() - self.children[0].started
-
-    def resident_mb(self) -> float:
-        """Memory of all its processes now."""
-        return resident_mb(tree(child.process.pid for child in self.children))
 
     def stop(self) -> None:
         """Ends all its processes."""

@@ -1,4 +1,4 @@
-"""How each side is started: our processes in every split of the threads, and the peers in their environments."""
+"""How each side is started: our processes in some splits of the threads, and the peers in their environments."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+import machine
 from side import Side
 
 HERE = Path(__file__).resolve().parent
@@ -14,6 +15,10 @@ REPOSITORY = HERE.parents[1]
 PRELOADS = ("lib/libiomp5.so",)
 """What vLLM's own warnings ask to preload, in its environment; and beside it, where the system has it:"""
 TCMALLOC = Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
+BYTES_PER_PARAMETER = 24
+"""Of one of our processes: its weights and the reference's, gradients, master weights, two moments, and room to work."""
+MOST_SPLITS = 4
+"""Each is measured as often as a peer."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,18 @@ class Split:
 
     def __str__(self) -> str:
         return f"{self.processes}×{self.threads}"
+
+
+def splits(threads: int, pieces: int, whole_models: int, *, even: bool = False) -> list[Split]:
+    """Ways to share the threads out among processes, from one process to the most: as there are pieces of work and as
+    memory holds whole models; with `even`, such that each process gets equally many pieces."""
+    most = max(1, min(threads, pieces, whole_models))
+    counts = [count for count in range(1, most + 1)
+              if threads % count == 0 and not (even and pieces % count)]
+    if len(counts) > MOST_SPLITS:
+        last = len(counts) - 1
+        counts = [counts[round(step * last / (MOST_SPLITS - 1))] for step in range(MOST_SPLITS)]
+    return [Split(count, threads // count) for count in counts]
 
 
 @dataclass(frozen=True)
@@ -39,11 +56,12 @@ class Places:
     vllm_python: Path | None
     threads: int
     window: int
+    parameters: int
 
-    def splits(self) -> list[Split]:
-        """One process with all threads, and one process a thread."""
-        both = [Split(1, self.threads), Split(self.threads, 1)]
-        return both[: 2 if self.threads > 1 else 1]
+    def splits(self, pieces: int, *, even: bool = False) -> list[Split]:
+        """Those of the threads that memory has room for now."""
+        room = machine.memory_bytes("MemAvailable") // (self.parameters * BYTES_PER_PARAMETER)
+        return splits(self.threads, pieces, room, even=even)
 
     def log(self, name: str) -> Path:
         """The file for a side's standard error."""
@@ -79,7 +97,7 @@ class Places:
             command += ["--work", str(self.work)]
         if vllm:
             command += ["--window", str(self.window)]
-        environment = {**os.environ, **OFFLINE}
+        environment, caveat = {**os.environ, **OFFLINE}, ""
         if not vllm:
             environment["OMP_NUM_THREADS"] = str(self.threads)
         else:  # binds its threads itself, and warns where they are set
@@ -88,7 +106,8 @@ class Places:
             found = ":".join(str(path) for path in preloads if path.exists())
             if found:
                 environment["LD_PRELOAD"] = found
-        return Side(name, [command], environment, self.log(f"{name}-{dtype}"))
+            caveat = "" if TCMALLOC.exists() else f"{name} without tcmalloc"
+        return Side(name, [command], environment, self.log(f"{name}-{dtype}"), caveat)
 
 
 OFFLINE = {

@@ -2,6 +2,7 @@
 # Says on stdout which Python has torch and transformers as `make parity` compares with them, and makes
 # third_party/hf-venv from deploy/requirements-hf.txt where none has (4.7 GB, minutes, once).
 # Safe to run again: it does nothing while the stamp names this Python and these requirements, and starts over otherwise.
+# Of two at a time the second waits for the first.
 # HF_PYTHON names an interpreter that has both already; it is checked, and nothing is installed.
 # PYTHON names the interpreter to build the environment with (default python3; at least 3.11).
 set -eu
@@ -44,6 +45,10 @@ fi
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "'$python' is missing or older than Python 3.11; name a newer one: PYTHON=python3.12 $0"
+mkdir -p "$root/third_party"
+exec 9>"$root/third_party/.hf-venv.lock"
+flock --wait 3600 9 ||
+    fail "another setup has held third_party/.hf-venv.lock for 60 minutes; look for it with: fuser -v third_party/.hf-venv.lock"
 # The path is part of it because an environment that was moved does not run.
 stamp="$venv $("$python" -V) $(cksum <"$requirements")"
 if [ -f "$venv/.stamp" ] && [ "$(cat "$venv/.stamp")" = "$stamp" ]; then
@@ -51,7 +56,6 @@ if [ -f "$venv/.stamp" ] && [ "$(cat "$venv/.stamp")" = "$stamp" ]; then
     exit 0
 fi
 
-mkdir -p "$root/third_party"
 free_kb=$(df -Pk "$root/third_party" | awk 'NR == 2 { print $4 }')
 [ "$free_kb" -ge "$needed_kb" ] ||
     fail "$root/third_party has $((free_kb / 1000)) MB free; torch and transformers need $((needed_kb / 1000)) MB"

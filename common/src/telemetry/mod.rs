@@ -3,6 +3,7 @@
 //! `init` is called once by each `main`; libraries only use `tracing` and `metrics`. Logs are plain text for
 //! people, on standard error or in a file; the filter comes from `AGENTFLY_LOG` (`debug`, `agentfly=trace`, …).
 
+pub mod chrome;
 pub mod names;
 pub mod spans;
 

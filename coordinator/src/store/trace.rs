@@ -13,17 +13,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use agentfly_common::config::Trainer;
-use agentfly_common::telemetry::spans::{FieldValue, Gathered, Span};
-use serde_json::{Map, Value, json};
+use agentfly_common::telemetry::chrome::{JOB, process_events};
+pub use agentfly_common::telemetry::chrome::{RECORDER, SCHEDULER};
+use agentfly_common::telemetry::spans::{Gathered, Span};
+use serde_json::{Value, json};
 
 use super::{StoreError, on, write_whole};
 
-/// The lane of a step and its phases.
-const JOB: &str = "job";
-/// The lane of what the recorder does.
-pub const RECORDER: &str = "recorder";
-/// The lane of what the scheduler does.
-pub const SCHEDULER: &str = "scheduler";
 const PREFIX: &str = "step_";
 
 /// Who did something.
@@ -172,21 +168,7 @@ fn chrome_trace(job: &str, step: Option<u64>, gathered: &BTreeMap<Process, Gathe
             Process::Coordinator => (1, "coordinator".to_owned()),
             Process::Rank(rank) => (u64::from(*rank) + 2, format!("rank {rank}")),
         };
-        events.push(meta("process_name", pid, 0, json!({ "name": name })));
-        events.push(meta("process_sort_index", pid, 0, json!({ "sort_index": pid })));
-        let lanes = lanes(&of.spans);
-        for (lane, tid) in &lanes {
-            events.push(meta("thread_name", pid, *tid, json!({ "name": lane })));
-            events.push(meta("thread_sort_index", pid, *tid, json!({ "sort_index": tid })));
-        }
-        for span in &of.spans {
-            let tid = lanes.get(span.lane.as_str()).copied().unwrap_or(0);
-            let args: Map<String, Value> = span.fields.iter().map(|(k, v)| (k.clone(), value(v))).collect();
-            events.push(json!({
-                "name": span.name, "ph": "X", "ts": span.start_micros - began, "dur": span.micros, "pid": pid,
-                "tid": tid, "args": args,
-            }));
-        }
+        events.extend(process_events(pid, &name, &of.spans, began));
     }
     let dropped: u64 = gathered.values().map(|of| of.dropped).sum();
     json!({
@@ -199,32 +181,10 @@ fn chrome_trace(job: &str, step: Option<u64>, gathered: &BTreeMap<Process, Gathe
     })
 }
 
-fn meta(name: &str, pid: u64, tid: u64, args: Value) -> Value {
-    json!({ "name": name, "ph": "M", "pid": pid, "tid": tid, "args": args })
-}
-
-fn value(field: &FieldValue) -> Value {
-    match field {
-        FieldValue::Number(number) => json!(number),
-        FieldValue::Text(text) => json!(text),
-    }
-}
-
-/// Numbers for the lanes: those with the story of the whole first, then the others, `chain 2` before `chain 10`.
-fn lanes(spans: &[Span]) -> BTreeMap<&str, u64> {
-    let order = |lane: &str| {
-        let (kind, number) = lane.rsplit_once(' ').unwrap_or((lane, ""));
-        let first = [JOB, SCHEDULER, RECORDER, "rank", "device"].iter().position(|known| *known == kind);
-        (first.unwrap_or(usize::MAX), kind.to_owned(), number.parse::<u64>().unwrap_or(0))
-    };
-    let mut names: Vec<&str> = spans.iter().map(|span| span.lane.as_str()).collect();
-    names.sort_by_key(|name| order(name));
-    names.dedup();
-    names.into_iter().zip(1..).collect()
-}
-
 #[cfg(test)]
 mod tests {
+    use agentfly_common::telemetry::spans::FieldValue;
+
     use super::*;
 
     fn book(dir: &Path, settings: &[&str]) -> TraceBook {
@@ -315,14 +275,5 @@ mod tests {
             two_steps(&mut book(dir.path(), &settings));
             assert_eq!(files(dir.path()), expected, "{settings:?}");
         }
-    }
-
-    #[test]
-    fn lanes_are_in_the_order_that_people_read() {
-        let spans: Vec<Span> =
-            ["chain 10", "device", "chain 2", "chain", "rank"].map(|lane| span(lane, "x", 0, 1)).into();
-        let mut lanes: Vec<(u64, &str)> = lanes(&spans).into_iter().map(|(lane, tid)| (tid, lane)).collect();
-        lanes.sort_unstable();
-        assert_eq!(lanes, [(1, "rank"), (2, "device"), (3, "chain"), (4, "chain 2"), (5, "chain 10")]);
     }
 }

@@ -18,7 +18,7 @@ import sys
 import time
 
 import aiohttp
-from serve import Message, answer, read_json, requests
+from serve import Message, answer, cpus, read_json, requests
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", required=True)
@@ -49,7 +49,7 @@ def start_server(port: int) -> subprocess.Popen[bytes]:
                "127.0.0.1", "--port", str(port), "--dtype", dtype, "--max-model-len", str(options.window),
                "--max-num-seqs", "64", "--served-model-name", "model", "--enable-prefix-caching",
                "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": f"0-{options.threads - 1}",
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": cpus(options.threads),
                    "VLLM_SERVER_DEV_MODE": "1", **os.environ}
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL,
                             preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM))

@@ -6,7 +6,7 @@ import argparse
 import os
 import time
 
-from serve import Message, read_json, serve
+from serve import Message, cpus, read_json, serve
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", required=True)
@@ -21,7 +21,7 @@ def main() -> None:
     """Guarded: vLLM starts its engine as a child that imports this file again."""
     options = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{options.threads - 1}")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cpus(options.threads))
     import torch
     import vllm
 
@@ -33,8 +33,9 @@ def main() -> None:
     def rollout(request: Message) -> Message:
         group = min(options.group, request["batch"])
         batch = [{"prompt_token_ids": ids} for ids in prompts[: request["batch"] // group]]
+        # No text: no side makes any while the clock runs.
         sampling = vllm.SamplingParams(n=group, temperature=1.0, top_p=1.0, top_k=-1, seed=None, ignore_eos=True,
-                                       max_tokens=request["new_tokens"])
+                                       max_tokens=request["new_tokens"], detokenize=False)
         llm.reset_prefix_cache()
         started = time.perf_counter()
         outputs = llm.generate(batch, sampling, use_tqdm=False)

@@ -15,10 +15,12 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -28,7 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from checks import Bf16Errors, compare  # noqa: E402
-from probe import Probe, ProbeError  # noqa: E402
+from probe import Probe, ProbeError, ProbeGoneError  # noqa: E402
 from report import Findings  # noqa: E402
 from texts import Texts, random_texts, written_texts  # noqa: E402
 from variants import VARIANTS, Model, drawn, edges  # noqa: E402
@@ -64,13 +66,37 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="CPU threads of each side (default all)"
     )
+    parser.add_argument(
+        "--deadline", type=float, default=1800, metavar="SECONDS", help="for each answer of the probe (default 1800)"
+    )
     options = parser.parse_args()
-    if options.count < 1:
-        parser.error("--count must be at least 1")
+    if options.count < 1 or options.threads < 1 or options.deadline <= 0:
+        parser.error("--count, --threads and --deadline must be at least 1")
     options.kinds = options.only.split(",") if options.only else KINDS
     if unknown := [kind for kind in options.kinds if kind not in KINDS]:
         parser.error(f"--only: no kind {unknown[0]!r}; there are {', '.join(KINDS)}")
     return options
+
+
+def commit() -> str:
+    """What is compared; with `+changes` where the tree differs from it."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=REPOSITORY, capture_output=True, text=True, timeout=20, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    head = git("rev-parse", "--short=12", "HEAD") or "unknown"
+    return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def cpu() -> str:
+    """The processor's name, as the kernel gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
 
 
 def questions() -> list[str]:
@@ -90,6 +116,9 @@ class Run:
             started = time.monotonic()
             try:
                 compare(self.findings, errors, self.probe, group, name, folder, texts, self.options.seed)
+            except ProbeGoneError as error:
+                self.findings.failures.append(f"{name}: {error}; what comes after it was not compared")
+                raise
             except (ProbeError, ValueError) as error:
                 self.findings.failures.append(f"{name}: {error}")
             self.done += 1
@@ -132,7 +161,7 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
     started = time.monotonic()
-    with Probe(options.probe, options.threads) as probe:
+    with Probe(options.probe, options.threads, options.deadline) as probe, suppress(ProbeGoneError):
         run = Run(options, probe)
         for variant in VARIANTS:
             if variant in options.kinds:
@@ -143,11 +172,12 @@ def main() -> int:
             run.smollm2()
     findings = run.findings
     findings.notes |= {
+        "commit": commit(),
         "seed": options.seed,
         "models": run.done,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "machine": platform.processor() or platform.machine(),
+        "machine": cpu(),
         "threads": options.threads,
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -158,7 +188,9 @@ def main() -> int:
     drawn_on, tied = (findings.notes.get(key, 0) for key in ("continuations", "tied_continuations"))
     print(
         f"\n{run.done} models, {drawn_on} greedy continuations ({tied} part at a tie), seed {options.seed}, "
-        f"{findings.notes['seconds']:.0f} s: {verdict}. Figures: {options.json}"
+        f"{findings.notes['seconds']:.0f} s: {verdict}. Figures: {options.json}\n"
+        f"commit {findings.notes['commit']}, {findings.notes['machine']}, {options.threads} threads, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
     return 0 if findings.all_passed() else 1
 

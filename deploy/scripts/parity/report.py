@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +49,7 @@ class Worst:
 
     def add(self, value: float, where: str) -> None:
         self.count += 1
-        if not value <= self.value:  # a NaN is the worst there is
+        if not value <= self.value and not math.isnan(self.value):  # a NaN is the worst there is, and stays it
             self.value, self.where = value, where
 
 

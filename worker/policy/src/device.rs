@@ -302,7 +302,7 @@ impl<S> Worker<S> {
             !asker.reply.is_closed()
         });
         let Device { decoder, engine, policy_version, .. } = device;
-        let step = || traced(engine, |engine| engine.step(decoder, *policy_version));
+        let step = || traced_round(engine, |engine| engine.step(decoder, *policy_version));
         let outcome = catch_unwind(AssertUnwindSafe(step));
         let failure = match outcome {
             Ok(Ok(ended)) => {
@@ -342,7 +342,7 @@ impl<S> Worker<S> {
 }
 
 /// One round of the engine as a span of the device's lane, named after what it computed.
-fn traced<T>(engine: &mut Engine, round: impl FnOnce(&mut Engine) -> T) -> T {
+pub fn traced_round<T>(engine: &mut Engine, round: impl FnOnce(&mut Engine) -> T) -> T {
     let span = info_span!(
         target: TRACE, "round", lane = "device", steps = 1, title = Empty, prefill_tokens = Empty, decode_tokens = Empty
     );

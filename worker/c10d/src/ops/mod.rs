@@ -5,8 +5,8 @@
 //! libtorch's operators (`csrc/ops`). All work on rows: tokens of any number of sequences, without padding.
 //!
 //! What must stay true: a token's forward result depends on its own sequence alone, bit for bit, never on what else
-//! is in the batch (on CPUs with AVX-512; elsewhere libtorch's products decide). Gradients of weights are added, in
-//! f32, to the sums that a map or norm was given; autograd carries those of the rows.
+//! is in the batch (on CPUs, f32 from AVX2 on and bf16 from AVX-512 on; elsewhere libtorch's products decide).
+//! Gradients of weights are added, in f32, to the sums that a map or norm was given; autograd carries those of the rows.
 
 mod attention;
 mod ffi;

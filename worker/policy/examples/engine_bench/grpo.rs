@@ -1,14 +1,19 @@
-//! A GRPO step: generate groups, reward them, and train on them, in one process and on one decoder.
+//! A GRPO step: generate groups, reward them, train on them and attest the new weights, on one decoder a process.
+//!
+//! Each answer holds the step's spans as trace events, with times since 1970, so that those of several ranks line up.
 
 use std::time::Instant;
 
 use agentfly_common::batch::{MiniBatch, TrainRow, TrainShard};
 use agentfly_common::ids::{ChainKey, Purpose};
 use agentfly_common::sampling::Generation;
+use agentfly_common::telemetry::spans::Spans;
+use agentfly_common::telemetry::{self, LogTo, TRACE, chrome};
 use agentfly_policy::learner::Learner;
 use agentfly_policy::model::Decoder;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tracing::info_span;
 
 use crate::GrpoArgs;
 use crate::learner::{config, group, phases};
@@ -70,11 +75,24 @@ struct Trainer<'a> {
     work: &'a Work,
     share: Share,
     step: u64,
+    spans: Spans,
 }
 
 impl Trainer<'_> {
+    /// A step, with its spans.
     fn step(&mut self, request: &Request) -> anyhow::Result<Value> {
         self.step += 1;
+        let whole = info_span!(target: TRACE, "step", lane = "rank", title = format!("step {}", self.step));
+        let mut answer = whole.in_scope(|| self.generate_and_train(request))?;
+        drop(whole);
+        let (gathered, rank) = (self.spans.take(), self.share.rank);
+        anyhow::ensure!(gathered.dropped == 0, "{} spans of a step were too many to keep", gathered.dropped);
+        let events = chrome::process_events(rank as u64 + 1, &format!("rank {rank}"), &gathered.spans, 0);
+        answer["trace_events"] = events.into();
+        Ok(answer)
+    }
+
+    fn generate_and_train(&mut self, request: &Request) -> anyhow::Result<Value> {
         let sampling = Sampling { new_tokens: request.new_tokens, seed: request.seed };
         let own = self.share.of(request.completions);
         anyhow::ensure!(
@@ -86,7 +104,11 @@ impl Trainer<'_> {
         let first_group = (self.step as usize - 1) * request.completions / GROUP;
         let started = Instant::now();
         let chains = (self.share, request.completions);
-        let done = generate(&mut self.engine, &self.decoder, self.work, chains, first_group, sampling)?;
+        let rollout = info_span!(target: TRACE, "rollout");
+        let done = rollout.in_scope(|| {
+            generate(&mut self.engine, &self.decoder, self.work, chains, first_group, sampling)
+        })?;
+        drop(rollout);
         let generated = started.elapsed().as_secs_f64();
 
         let rewards: Vec<f32> = done.iter().map(|generation| reward(self.work, generation)).collect();
@@ -104,13 +126,21 @@ impl Trainer<'_> {
         };
         let policy_version = self.learner.policy_version();
         let shard = TrainShard { step: self.step, policy_version, mini_batches: vec![mini_batch] };
-        let stats = self.learner.train(&mut self.decoder, &shard)?;
-        // The next step samples from the new weights, with an empty cache.
+        // As in a rank: its memory is the activations' now, and the next step samples with an empty cache.
         self.engine.forget_weights();
+        let update = info_span!(target: TRACE, "update the policy");
+        let stats = update.in_scope(|| self.learner.train(&mut self.decoder, &shard))?;
+        drop(update);
+        // Every step of a job pays for it: ranks attest that they hold the same weights.
+        let hashing = Instant::now();
+        info_span!(target: TRACE, "hash the weights")
+            .in_scope(|| self.learner.weights_hash(&self.decoder))?;
+        let hashed = hashing.elapsed().as_secs_f64();
         Ok(json!({
             "seconds": started.elapsed().as_secs_f64(),
             "completion_tokens": request.completions * request.new_tokens as usize,
             "generate": generated,
+            "hash": hashed,
             "phases": phases(&stats.phases),
             "reward": rewards.iter().sum::<f32>() / rewards.len() as f32,
             "metrics": stats.metrics,
@@ -129,6 +159,7 @@ pub(crate) fn serve(decoder: Decoder, work: &Work, args: &GrpoArgs) -> anyhow::R
         work,
         share: model.share(),
         step: 0,
+        spans: telemetry::init_gathering(LogTo::Stderr, "warn")?,
         decoder,
     };
     work::serve(|request: Request| trainer.step(&request))

@@ -55,6 +55,7 @@ pub(crate) fn phases(phases: &PhaseSeconds) -> Value {
         "forward_backward": phases.forward_backward,
         "all_reduce": phases.all_reduce,
         "optimizer": phases.optimizer,
+        "all_gather": phases.all_gather,
         "total": phases.total,
     })
 }

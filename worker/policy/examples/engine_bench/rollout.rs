@@ -3,7 +3,9 @@
 use std::time::Instant;
 
 use agentfly_common::ids::PolicyVersion;
+use agentfly_common::planner::PREFILL_TOKENS;
 use agentfly_common::sampling::Generation;
+use agentfly_policy::device::traced_round;
 use agentfly_policy::engine::{Engine, EngineConfig};
 use agentfly_policy::model::Decoder;
 use serde::Deserialize;
@@ -11,9 +13,6 @@ use serde_json::json;
 
 use crate::EngineArgs;
 use crate::work::{self, Sampling, Share, Work};
-
-/// Tokens of one prefill pass, as in a rank.
-const PREFILL_TOKENS: usize = 4096;
 
 /// One batch, over all processes.
 #[derive(Debug, Deserialize)]
@@ -29,7 +28,7 @@ pub(crate) fn engine(decoder: &Decoder, slots: usize, window: usize) -> Engine {
         max_slots: slots,
         cache_tokens: slots.saturating_mul(window),
         max_tokens_per_chain: window,
-        max_prefill_tokens: PREFILL_TOKENS,
+        max_prefill_tokens: PREFILL_TOKENS as usize,
     };
     Engine::new(limits, decoder.config())
 }
@@ -50,7 +49,8 @@ pub(crate) fn generate(
     }
     let mut done: Vec<Option<Generation>> = vec![None; own.len()];
     while engine.has_work() {
-        for (chain, result) in engine.step(decoder, PolicyVersion(0))? {
+        let ended = traced_round(engine, |engine| engine.step(decoder, PolicyVersion(0)))?;
+        for (chain, result) in ended {
             done[chain as usize - own.start] = Some(result?);
         }
     }
