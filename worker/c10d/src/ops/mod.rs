@@ -13,6 +13,7 @@ mod ffi;
 mod linear;
 mod pointwise;
 mod vocabulary;
+mod vocabulary_plain;
 
 use std::ffi::c_void;
 
