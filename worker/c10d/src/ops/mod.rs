@@ -11,6 +11,7 @@
 mod attention;
 mod ffi;
 mod linear;
+mod paged;
 mod pointwise;
 mod vocabulary;
 mod vocabulary_plain;
@@ -19,8 +20,9 @@ use std::ffi::c_void;
 
 use tch::{Device, Kind, Tensor};
 
-pub use attention::{Heads, PAGE_TOKENS, PagedStep, attention, page_numbers, paged_attention};
+pub use attention::{Heads, PAGE_TOKENS, attention, page_numbers};
 pub use linear::Linear;
+pub use paged::{PagedStep, paged_attention};
 pub use pointwise::{rms_norm, rope, swiglu};
 pub use vocabulary::{Draw, TokenTerms, is_divisor, sample, token_terms};
 
