@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Below `csrc/`.
-const SOURCES: [&str; 8] = [
+const SOURCES: [&str; 9] = [
     "shim",
     "ops",
     "ops/linear",
@@ -16,6 +16,7 @@ const SOURCES: [&str; 8] = [
     "ops/pointwise",
     "ops/attention",
     "ops/attention_backward",
+    "ops/attention_plain",
     "ops/vocabulary",
 ];
 

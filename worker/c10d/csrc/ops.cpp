@@ -83,10 +83,15 @@ int af_attention(void* qkv, void* starts, int64_t queries, int64_t keys, int64_t
   return guarded([&] { give(out, af::attention(as_tensor(qkv), as_tensor(starts), {queries, keys, dim})); });
 }
 
-int af_paged_attention(void* qkv, void* pages, int64_t layer, void* starts, void* lengths, void* table, int64_t queries,
-                       int64_t keys, int64_t dim, void** out) {
+int af_paged_attention(void* qkv, void* pages, int64_t layer, const AfPagedStep* step, int64_t queries, int64_t keys,
+                       int64_t dim, void** out) {
   return guarded([&] {
-    const af::Paged paged{as_tensor(pages), layer, as_tensor(starts), as_tensor(lengths), as_tensor(table)};
+    const af::Places places{as_tensor(step->page_of),      as_tensor(step->place_of),   as_tensor(step->own),
+                            as_tensor(step->seen),         as_tensor(step->held),       as_tensor(step->flash_starts),
+                            as_tensor(step->flash_held),   as_tensor(step->flash_lengths),
+                            step->most_new,                step->longest};
+    const af::Paged paged{as_tensor(pages),          layer,  as_tensor(step->starts), as_tensor(step->lengths),
+                          as_tensor(step->table), places};
     give(out, af::paged_attention(as_tensor(qkv), paged, {queries, keys, dim}));
   });
 }

@@ -21,8 +21,15 @@ int af_rope(void* x, void* cos, void* sin, int64_t heads, void** out);
 int af_swiglu(void* x, void** out);
 
 int af_attention(void* qkv, void* starts, int64_t queries, int64_t keys, int64_t dim, void** out);
-int af_paged_attention(void* qkv, void* pages, int64_t layer, void* starts, void* lengths, void* table, int64_t queries,
-                       int64_t keys, int64_t dim, void** out);
+// The tensors of af::Paged and af::Places, see ops/attention.h.
+typedef struct AfPagedStep {
+  void *starts, *lengths, *table;
+  void *page_of, *place_of, *own, *seen, *held;
+  void *flash_starts, *flash_held, *flash_lengths;
+  int64_t most_new, longest;
+} AfPagedStep;
+int af_paged_attention(void* qkv, void* pages, int64_t layer, const AfPagedStep* step, int64_t queries, int64_t keys,
+                       int64_t dim, void** out);
 int af_page_numbers(void* like, int64_t dim, int64_t* out);
 int af_has_gemm(void* like, int* out);
 

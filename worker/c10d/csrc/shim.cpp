@@ -258,4 +258,14 @@ int af_float32_matmul_precision(const char* precision) {
   return guarded([&] { at::globalContext().setFloat32MatmulPrecision(std::string(precision)); });
 }
 
+// libtorch keeps the pinned memory until the copy has been made.
+int af_upload(void* host, int device, void** out) {
+  return guarded([&] {
+    const at::Device gpu(at::kCUDA, static_cast<c10::DeviceIndex>(device));
+    TORCH_CHECK(static_cast<size_t>(device) < at::getNumGPUs(), "there is no such GPU");
+    const at::Tensor& from = as_tensor(host);
+    *out = new at::Tensor(from.numel() == 0 ? at::empty_like(from, gpu) : from.pin_memory().to(gpu, /*non_blocking=*/true));
+  });
+}
+
 }  // extern "C"

@@ -1,5 +1,5 @@
 // The C face of what this crate needs from libtorch and tch does not bind: c10d's stores and process
-// groups, the fused AdamW kernel, and the float32 matrix-product precision.
+// groups, the fused AdamW kernel, copies to GPUs, and the float32 matrix-product precision.
 //
 // Every function that returns int gives AF_OK, or a code whose text af_last_error() holds for the calling
 // thread. No C++ exception leaves this file. Tensors are `torch::Tensor*`, which is tch's `*mut C_tensor`.
@@ -53,6 +53,7 @@ void af_work_drop(AfWork* work);
 int af_fused_adamw(void** params, void** grads, void** exp_avgs, void** exp_avg_sqs, void** steps, size_t count,
                    double lr, double beta1, double beta2, double weight_decay, double eps, void* grad_scale);
 int af_float32_matmul_precision(const char* precision);
+int af_upload(void* host, int device, void** out);  // a new tensor on that GPU; the copy is under way
 
 #ifdef __cplusplus
 }

@@ -39,6 +39,12 @@ impl Error {
     pub(crate) fn invalid(operation: impl Into<String>, text: impl Into<String>) -> Self {
         Self { kind: ErrorKind::InvalidArgument, operation: operation.into(), text: text.into() }
     }
+
+    /// What one of tch's own calls failed with: its first line, a C++ backtrace follows.
+    pub(crate) fn of_libtorch(operation: impl Into<String>, error: &tch::TchError) -> Self {
+        let text = error.to_string().lines().next().unwrap_or_default().to_owned();
+        Self { kind: ErrorKind::Other, operation: operation.into(), text }
+    }
 }
 
 /// Turns a shim code into a result; `operation` is only rendered when it failed.

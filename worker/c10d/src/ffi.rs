@@ -120,4 +120,5 @@ unsafe extern "C" {
         grad_scale: *mut c_void,
     ) -> c_int;
     pub(crate) fn af_float32_matmul_precision(precision: *const c_char) -> c_int;
+    pub(crate) fn af_upload(host: *mut c_void, device: c_int, out: *mut *mut c_void) -> c_int;
 }

@@ -5,7 +5,7 @@
 //! (placement, scores, engine, learner, export), on one model at a time; a request that fails is answered with
 //! its reason, and the next one is served.
 //!
-//! `cargo run --release -p agentfly-policy --example parity_probe -- [THREADS]`
+//! `cargo run --release -p agentfly-policy --example parity_probe -- [THREADS]`; `PARITY_DEVICE=cuda:0` moves it to a GPU
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, Write as _};
@@ -80,12 +80,14 @@ struct Sampled {
 
 fn main() -> anyhow::Result<()> {
     let threads = std::env::args().nth(1).map_or(Ok(1), |text| text.parse()).context("THREADS")?;
-    set_up(threads, Place::Cpu)?;
+    let place: Place = std::env::var("PARITY_DEVICE").map_or(Ok(Place::Cpu), |text| text.parse())?;
+    set_up(threads, place)?;
     let mut decoder = None;
     let mut out = std::io::stdout().lock();
     for line in std::io::stdin().lock().lines() {
         let answer =
-            match serde_json::from_str(&line?).context("request").and_then(|r| serve(r, &mut decoder)) {
+            match serde_json::from_str(&line?).context("request").and_then(|r| serve(r, place, &mut decoder))
+            {
                 Ok(value) => serde_json::json!({ "ok": value }),
                 Err(error) => serde_json::json!({ "error": format!("{error:#}") }),
             };
@@ -95,7 +97,7 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn serve(request: Request, model: &mut Option<Decoder>) -> anyhow::Result<serde_json::Value> {
+fn serve(request: Request, place: Place, model: &mut Option<Decoder>) -> anyhow::Result<serde_json::Value> {
     let done = serde_json::Value::Null;
     match request {
         Request::Open { model: dir, dtype } => {
@@ -105,7 +107,7 @@ fn serve(request: Request, model: &mut Option<Decoder>) -> anyhow::Result<serde_
                 other => bail!("dtype {other:?}; needed: f32 or bf16"),
             };
             *model = None; // one model in memory
-            *model = Some(open(&dir, dtype, Place::Cpu)?);
+            *model = Some(open(&dir, dtype, place)?);
             return Ok(done);
         }
         Request::Random { model: dir, seed } => {

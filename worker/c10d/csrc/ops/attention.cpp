@@ -6,13 +6,12 @@
 #include <limits>
 
 #include "attention_backward.h"
+#include "attention_plain.h"
 #include "few_rows.h"
 #include "tile.h"
 
 namespace af {
 namespace {
-
-using at::indexing::Slice;
 
 bool fast(const at::Tensor& qkv, const Heads& heads) { return has_gemm(qkv) && heads.dim % 2 == 0; }
 
@@ -204,101 +203,6 @@ void store_and_attend(const at::Tensor& qkv, const Paged& paged, const Heads& he
     attend_tile(heads, rows + token * row + head * dim, row, tokens, length[s] - count + t, keys, values, next_keys,
                 result + (token * heads.queries + head) * dim, static_cast<float*>(nullptr));
   });
-}
-
-at::Tensor heads_of(const at::Tensor& qkv, int64_t first, int64_t count, int64_t dim) {
-  return qkv.narrow(1, first * dim, count * dim).reshape({qkv.size(0), count, dim}).transpose(0, 1).unsqueeze(0);
-}
-
-// On GPUs FlashAttention takes all sequences as they lie, forward and back.
-at::Tensor flash_attention(const at::Tensor& qkv, const at::Tensor& starts, const Heads& heads) {
-  const int64_t* start = starts.const_data_ptr<int64_t>();
-  int64_t longest = 0;
-  for (int64_t s = 0; s + 1 < starts.size(0); s++) longest = std::max(longest, start[s + 1] - start[s]);
-  const at::Tensor rows = qkv.view({qkv.size(0), heads.queries + 2 * heads.keys, heads.dim});
-  const at::Tensor q = rows.narrow(1, 0, heads.queries), k = rows.narrow(1, heads.queries, heads.keys),
-                   v = rows.narrow(1, heads.queries + heads.keys, heads.keys);
-  const at::Tensor ends = starts.to(at::kInt).to(qkv.device());
-  const auto mixed = at::_flash_attention_forward(q, k, v, ends, ends, longest, longest, /*dropout_p=*/0.0,
-                                                  /*is_causal=*/true, /*return_debug_mask=*/false);
-  return std::get<0>(mixed).reshape({qkv.size(0), heads.queries * heads.dim});
-}
-
-// Where there is no micro-kernel: libtorch's own attention, a sequence at a time.
-at::Tensor plain_attention(const at::Tensor& qkv, const at::Tensor& starts, const Heads& heads) {
-  const bool half = qkv.scalar_type() == at::kBFloat16 || qkv.scalar_type() == at::kHalf;
-  if (qkv.is_cuda() && half && heads.dim % 8 == 0 && heads.dim <= 256)
-    return flash_attention(qkv.contiguous(), starts, heads);
-  const int64_t* start = starts.const_data_ptr<int64_t>();
-  std::vector<at::Tensor> mixed;
-  for (int64_t s = 0; s + 1 < starts.size(0); s++) {
-    const int64_t length = start[s + 1] - start[s];
-    const at::Tensor rows = qkv.narrow(0, start[s], length);
-    const at::Tensor q = heads_of(rows, 0, heads.queries, heads.dim), k = heads_of(rows, heads.queries, heads.keys, heads.dim),
-                     v = heads_of(rows, heads.queries + heads.keys, heads.keys, heads.dim);
-    const at::Tensor m =
-        at::scaled_dot_product_attention(q, k, v, {}, 0.0, length > 1, std::nullopt, heads.group() > 1);
-    mixed.push_back(m.squeeze(0).transpose(0, 1).reshape({length, heads.queries * heads.dim}));
-  }
-  return at::cat(mixed);
-}
-
-// The same through the cache. Decode steps, one new token a chain, are computed together.
-at::Tensor plain_paged_attention(const at::Tensor& qkv, const Paged& paged, const Heads& heads) {
-  const int64_t dim = heads.dim, sequences = paged.lengths.size(0);
-  const int64_t* start = paged.starts.const_data_ptr<int64_t>();
-  const int64_t* length = paged.lengths.const_data_ptr<int64_t>();
-  const at::Tensor cache =
-      paged.pages.select(1, paged.layer).view({paged.pages.size(0), heads.keys, 2, kBlock, dim});
-  std::vector<int64_t> page, offset;
-  bool decode = true;
-  for (int64_t s = 0; s < sequences; s++) {
-    const int64_t count = start[s + 1] - start[s];
-    decode = decode && count == 1;
-    for (int64_t position = length[s] - count; position < length[s]; position++) {
-      page.push_back(paged.table.const_data_ptr<int64_t>()[s * paged.table.size(1) + position / kBlock]);
-      offset.push_back(position % kBlock);
-    }
-  }
-  const auto index = [&](const std::vector<int64_t>& v) { return at::tensor(v, at::kLong).to(qkv.device()); };
-  const at::Tensor pages = index(page), offsets = index(offset);
-  const auto part = [&](int64_t first) {
-    return qkv.narrow(1, first * dim, heads.keys * dim).reshape({qkv.size(0), heads.keys, dim});
-  };
-  cache.select(2, 0).index_put_({pages, Slice(), offsets}, part(heads.queries));
-  cache.select(2, 1).index_put_({pages, Slice(), offsets}, part(heads.queries + heads.keys));
-  // Places that a chain does not need may hold anything. It reads its own first page there, masked: a NaN of another
-  // chain would pass through the mask.
-  const at::Tensor ahead = at::arange(paged.table.size(1), at::kLong) * kBlock;
-  const at::Tensor own = at::where(ahead.lt(paged.lengths.unsqueeze(1)), paged.table, paged.table.narrow(1, 0, 1));
-  // [s, most pages] → [s, keys, tokens, dim]
-  const auto read = [&](const at::Tensor& table, int64_t which) {
-    const at::Tensor picked = cache.select(2, which).index({table.to(qkv.device())});
-    return picked.transpose(1, 2).reshape({table.size(0), heads.keys, table.size(1) * kBlock, dim});
-  };
-  const auto mask = [&](const at::Tensor& last) {
-    const at::Tensor columns = at::arange(paged.table.size(1) * kBlock, last.options());
-    return columns.le(last.unsqueeze(-1));
-  };
-  if (decode) {
-    const at::Tensor q = qkv.narrow(1, 0, heads.queries * dim).reshape({sequences, heads.queries, 1, dim});
-    const at::Tensor seen = mask(paged.lengths.to(qkv.device()) - 1).view({sequences, 1, 1, -1});
-    return at::scaled_dot_product_attention(q, read(own, 0), read(own, 1), seen, 0.0, false,
-                                            std::nullopt, heads.group() > 1)
-        .reshape({sequences, heads.queries * dim});
-  }
-  std::vector<at::Tensor> mixed;
-  for (int64_t s = 0; s < sequences; s++) {
-    const int64_t count = start[s + 1] - start[s];
-    const at::Tensor table = own.narrow(0, s, 1);
-    const at::Tensor q = heads_of(qkv.narrow(0, start[s], count), 0, heads.queries, dim);
-    const at::Tensor seen =
-        mask(at::arange(length[s] - count, length[s], at::kLong).to(qkv.device())).view({1, 1, count, -1});
-    const at::Tensor m = at::scaled_dot_product_attention(q, read(table, 0), read(table, 1), seen, 0.0, false,
-                                                          std::nullopt, heads.group() > 1);
-    mixed.push_back(m.squeeze(0).transpose(0, 1).reshape({count, heads.queries * dim}));
-  }
-  return at::cat(mixed);
 }
 
 at::Tensor attend(const at::Tensor& qkv, const at::Tensor& starts, const Heads& heads, float* lse) {

@@ -18,13 +18,25 @@ struct Heads {
 // → [n, queries · dim]. Differentiable.
 at::Tensor attention(const at::Tensor& qkv, const at::Tensor& starts, Heads heads);
 
-// Where chains continue. All i64 on the CPU.
+// What plain_paged_attention() needs to know of a step, on the device of the cache: made once, read by every layer.
+struct Places {
+  at::Tensor page_of, place_of;  // [n] i64: where each new token's keys and values go
+  at::Tensor own;                // [s · most pages] i64: the table below
+  at::Tensor seen;               // [s] i64: lengths
+  at::Tensor held;               // [g] i64: the pages that each chain needs, one chain after another
+  // For FlashAttention, i32: starts [s + 1], where each chain's tokens start in `held` [s + 1], lengths [s].
+  at::Tensor flash_starts, flash_held, flash_lengths;
+  int64_t most_new, longest;
+};
+
+// Where chains continue. i64 on the CPU, but for `places`.
 struct Paged {
   at::Tensor pages;    // [pages, layers, page_numbers() · keys], the cache
   int64_t layer;
   at::Tensor starts;   // [s + 1], as above, for the new tokens
   at::Tensor lengths;  // [s] cached tokens, new ones included
-  at::Tensor table;    // [s, most pages], the pages of each chain in order
+  at::Tensor table;    // [s, most pages], the pages of each chain in order; what it does not need is its first
+  Places places;
 };
 
 // Stores the new tokens' keys and values and attends to all that is cached. → [n, queries · dim]. No autograd.

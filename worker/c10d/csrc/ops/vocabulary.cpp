@@ -162,11 +162,6 @@ int64_t draw_row(const float* z, int64_t n, const RowSums& row, const float* str
 
 TokenTerms token_terms(const at::Tensor& logits, const at::Tensor& targets, double temperature) {
   at::NoGradGuard no_grad;
-  if (!logits.is_cpu()) {
-    const at::Tensor z = logits / temperature, log_probs = z.log_softmax(-1);
-    return {log_probs.gather(1, targets.unsqueeze(1)).squeeze(1), -(log_probs.exp() * log_probs).sum(-1),
-            z.logsumexp(-1)};
-  }
   const int64_t rows = logits.size(0), n = logits.size(1);
   const auto column = [&] { return at::empty({rows}, logits.options()); };
   TokenTerms terms{column(), column(), column()};
@@ -190,13 +185,6 @@ at::Tensor token_terms_backward(const at::Tensor& logits, const at::Tensor& targ
                                 const TokenTerms& terms, const at::Tensor& g_log_prob, const at::Tensor& g_entropy,
                                 at::ScalarType kind) {
   at::NoGradGuard no_grad;
-  if (!logits.is_cpu()) {
-    const at::Tensor lp = logits / temperature - terms.lse.unsqueeze(1), p = lp.exp();
-    const at::Tensor g = g_log_prob.unsqueeze(1), h = g_entropy.unsqueeze(1);
-    at::Tensor dz = -p * (g + h * (lp + terms.entropy.unsqueeze(1)));
-    dz.scatter_add_(1, targets.unsqueeze(1), g);
-    return (dz / temperature).to(kind);
-  }
   const at::Tensor out = at::empty(logits.sizes(), logits.options().dtype(kind));
   const float scale = static_cast<float>(1.0 / temperature);
   if (kind == at::kBFloat16) {

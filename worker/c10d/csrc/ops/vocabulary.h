@@ -1,4 +1,5 @@
-// Over the vocabulary: log-probs and entropies of given tokens, the way back to the logits, and drawing tokens.
+// Over the vocabulary, on the CPU: log-probs and entropies of given tokens, the way back to the logits, and drawing
+// tokens. What GPUs run instead is src/ops/vocabulary_plain.rs.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -21,7 +22,7 @@ struct Draw {
   int64_t top_k;
 };
 
-// A token a row of logits [n, vocabulary] f32 on the CPU, and its log-prob before top-k and top-p.
+// A token a row of logits [n, vocabulary] f32, and its log-prob before top-k and top-p.
 void sample(const at::Tensor& logits, const Draw* draws, int64_t* tokens, float* log_probs);
 
 }  // namespace af

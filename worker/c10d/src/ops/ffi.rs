@@ -5,6 +5,24 @@ use std::ffi::{c_int, c_void};
 /// Opaque: a linear map with its packed weights.
 pub(super) enum RawLinear {}
 
+/// `AfPagedStep`: tensors, then whole numbers.
+#[repr(C)]
+pub(super) struct RawPagedStep {
+    pub(super) starts: *mut c_void,
+    pub(super) lengths: *mut c_void,
+    pub(super) table: *mut c_void,
+    pub(super) page_of: *mut c_void,
+    pub(super) place_of: *mut c_void,
+    pub(super) own: *mut c_void,
+    pub(super) seen: *mut c_void,
+    pub(super) held: *mut c_void,
+    pub(super) flash_starts: *mut c_void,
+    pub(super) flash_held: *mut c_void,
+    pub(super) flash_lengths: *mut c_void,
+    pub(super) most_new: i64,
+    pub(super) longest: i64,
+}
+
 unsafe extern "C" {
     pub(super) fn af_linear_new(
         weights: *const *mut c_void,
@@ -59,9 +77,7 @@ unsafe extern "C" {
         qkv: *mut c_void,
         pages: *mut c_void,
         layer: i64,
-        starts: *mut c_void,
-        lengths: *mut c_void,
-        table: *mut c_void,
+        step: *const RawPagedStep,
         queries: i64,
         keys: i64,
         dim: i64,

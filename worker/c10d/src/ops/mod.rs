@@ -11,15 +11,18 @@
 mod attention;
 mod ffi;
 mod linear;
+mod paged;
 mod pointwise;
 mod vocabulary;
+mod vocabulary_plain;
 
 use std::ffi::c_void;
 
 use tch::{Device, Kind, Tensor};
 
-pub use attention::{Heads, PAGE_TOKENS, PagedStep, attention, page_numbers, paged_attention};
+pub use attention::{Heads, PAGE_TOKENS, attention, page_numbers};
 pub use linear::Linear;
+pub use paged::{PagedStep, paged_attention};
 pub use pointwise::{rms_norm, rope, swiglu};
 pub use vocabulary::{Draw, TokenTerms, is_divisor, sample, token_terms};
 

@@ -7,7 +7,7 @@ use agentfly_c10d::ops::{
 use tch::{Device, Kind, Tensor};
 
 use crate::attention::heads;
-use crate::util::{KINDS, Numbers, assert_same_bits, has_kernels, indices, leaf, starts, zeros};
+use crate::util::{KINDS, Numbers, assert_same_bits, has_kernels, leaf, starts, zeros};
 
 /// A sequence's rows, and how many of them each step takes.
 pub(crate) struct Chain {
@@ -41,7 +41,6 @@ pub(crate) fn through_cache(chains: &[Chain], h: Heads, numbers: &mut Numbers) -
     let mut order = numbers.shuffled(count);
     let tables: Vec<Vec<i64>> =
         chains.iter().map(|c| order.split_off(order.len() - c.pages() as usize)).collect();
-    let widest = tables.iter().map(Vec::len).max().unwrap();
     let mut done = vec![0; chains.len()];
     let mut results: Vec<Vec<Tensor>> = chains.iter().map(|_| Vec::new()).collect();
     for step in 0.. {
@@ -52,17 +51,15 @@ pub(crate) fn through_cache(chains: &[Chain], h: Heads, numbers: &mut Numbers) -
         let new: Vec<i64> = running.iter().map(|&c| chains[c].steps[step]).collect();
         let rows = running.iter().zip(&new).map(|(&c, n)| chains[c].qkv.narrow(0, done[c], *n));
         let qkv = Tensor::cat(&rows.collect::<Vec<_>>(), 0);
-        let mut table = Vec::new();
+        let mut table: Vec<Vec<i64>> = Vec::new();
         for (&c, n) in running.iter().zip(&new) {
             done[c] += n;
             // What a chain does not need may be no page at all.
-            table.extend(tables[c].iter().chain(std::iter::repeat(&i64::MAX)).take(widest));
+            table.push(tables[c].iter().copied().chain([i64::MAX; 2]).collect());
         }
-        let paged = PagedStep {
-            starts: starts(&new),
-            lengths: indices(&running.iter().map(|&c| done[c]).collect::<Vec<_>>()),
-            table: indices(&table).view([-1, widest as i64]),
-        };
+        let lengths: Vec<i64> = running.iter().map(|&c| done[c]).collect();
+        let ends = Vec::<i64>::try_from(starts(&new)).unwrap();
+        let paged = PagedStep::new(&ends, &lengths, &table, count, Device::Cpu).unwrap();
         let y = paged_attention(&qkv, &pages, 1, &paged, h).unwrap();
         for (part, &c) in y.split_with_sizes(&new, 0).into_iter().zip(&running) {
             results[c].push(part);

@@ -199,14 +199,17 @@ fn attention_refuses_what_does_not_fit() {
     refused("no rows", attention(&ones(&[0, 8]), &indices(&[0]), HEADS));
 }
 
-fn step(starts: &[i64], lengths: &[i64], table: &[i64], most: i64) -> PagedStep {
-    PagedStep { starts: indices(starts), lengths: indices(lengths), table: indices(table).view([-1, most]) }
+/// A step in a cache of four pages; `most` pages a table.
+fn step(starts: &[i64], lengths: &[i64], table: &[i64], most: usize) -> Result<PagedStep> {
+    let tables: Vec<Vec<i64>> = table.chunks(most).map(<[i64]>::to_vec).collect();
+    PagedStep::new(starts, lengths, &tables, 4, Device::Cpu)
 }
 
 #[test]
 fn a_step_outside_the_cache_or_over_others_is_refused() {
-    step(&[0, 1, 3], &[65, 2], &[3, 0, 1, -1], 2).check(3, 4).unwrap();
-    step(&[0, 1, 2], &[65, 66], &[3, 0, 3, 1], 2).check(2, 4).unwrap(); // a shared prefix
+    step(&[0, 1, 3], &[65, 2], &[3, 0, 1, -1], 2).unwrap();
+    step(&[0, 1, 2], &[65, 66], &[3, 0, 3, 1], 2).unwrap(); // a shared prefix
+    step(&[0, 1, 3], &[65, 2], &[3, 0, 1], 2).unwrap(); // tables of several lengths
     for (what, step) in [
         ("a page below", step(&[0, 1, 3], &[65, 2], &[3, -1, 1, 2], 2)),
         ("a page above", step(&[0, 1, 3], &[65, 2], &[4, 0, 1, 2], 2)),
@@ -223,29 +226,15 @@ fn a_step_outside_the_cache_or_over_others_is_refused() {
         ("fewer lengths", step(&[0, 1, 3], &[65], &[3, 0, 1, 2], 2)),
         ("fewer tables", step(&[0, 1, 3], &[65, 2], &[3, 0], 2)),
         ("no tables", step(&[0, 1, 3], &[65, 2], &[], 1)),
-        ("other rows", step(&[0, 1, 2], &[65, 2], &[3, 0, 1, 2], 2)),
+        ("an empty table", PagedStep::new(&[0, 1], &[1], &[vec![]], 4, Device::Cpu)),
         ("no chains", step(&[0], &[], &[], 1)),
+        ("no starts", step(&[], &[], &[], 1)),
+        ("a chain without new tokens", step(&[0, 0, 3], &[65, 2], &[3, 0, 1, 2], 2)),
+        ("no pages", PagedStep::new(&[0, 1], &[1], &[vec![0]], 0, Device::Cpu)),
+        ("fewer than no pages", PagedStep::new(&[0, 1], &[1], &[vec![0]], -1, Device::Cpu)),
     ] {
-        refused(what, step.check(3, 4));
-        // Its own check comes first, whoever forgot to.
-        let pages = ones(&[4, 1, page_numbers(&ones(&[1]), 2).unwrap()]);
-        refused(what, paged_attention(&ones(&[3, 8]), &pages, 0, &step, HEADS));
+        refused(what, step);
     }
-    let sound = || step(&[0, 1, 3], &[65, 2], &[3, 0, 1, 2], 2);
-    for (what, step) in [
-        ("flat tables", PagedStep { table: sound().table.view(-1), ..sound() }),
-        ("deep tables", PagedStep { table: sound().table.view([2, 1, 2]), ..sound() }),
-        ("lengths in a row", PagedStep { lengths: sound().lengths.view([1, 2]), ..sound() }),
-        ("lengths in a column", PagedStep { lengths: sound().lengths.view([2, 1]), ..sound() }),
-        ("starts in a row", PagedStep { starts: sound().starts.view([1, 3]), ..sound() }),
-        ("short numbers", PagedStep { lengths: sound().lengths.to_kind(Kind::Int), ..sound() }),
-        ("tables apart", PagedStep { table: indices(&[3, 1, 0, 2]).view([2, 2]).transpose(0, 1), ..sound() }),
-        ("no table at all", PagedStep { table: Tensor::new(), ..sound() }),
-        ("no lengths at all", PagedStep { lengths: Tensor::new(), ..sound() }),
-    ] {
-        refused(what, step.check(3, 4));
-    }
-    refused("fewer than no pages", sound().check(3, -1));
 }
 
 #[test]
@@ -253,7 +242,7 @@ fn the_cache_must_fit_the_rows() {
     for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
         let qkv = zeros(&[3, 8], kind);
         let numbers = page_numbers(&qkv, 2).unwrap();
-        let good = || step(&[0, 1, 3], &[65, 2], &[3, 0, 1, 2], 2);
+        let good = || step(&[0, 1, 3], &[65, 2], &[3, 0, 1, 2], 2).unwrap();
         let pages = zeros(&[4, 2, numbers], kind);
         assert_eq!(paged_attention(&leaf(&qkv, kind), &pages, 1, &good(), HEADS).unwrap().size(), [3, 4]);
         let other = if kind == Kind::Half { Kind::Float } else { Kind::Half };
@@ -272,6 +261,8 @@ fn the_cache_must_fit_the_rows() {
             refused(what, paged_attention(&qkv, &pages, layer, &good(), HEADS));
         }
         refused("other heads", paged_attention(&qkv, &pages, 0, &good(), heads(6, 1, 1)));
+        let fewer = step(&[0, 1, 2], &[65, 2], &[3, 0, 1, 2], 2).unwrap();
+        refused("other rows", paged_attention(&qkv, &pages, 0, &fewer, HEADS));
         for dim in [0, -1, i64::MAX] {
             refused("a head of no size", page_numbers(&qkv, dim));
         }

@@ -69,6 +69,9 @@ struct Machine {
     /// Threads of this process
     #[arg(long, default_value_t = 1)]
     threads: u32,
+    /// Where the model computes: cpu or cuda:N
+    #[arg(long, default_value = "cpu", env = "BENCH_DEVICE")]
+    device: Place,
 }
 
 /// A model, and the part of the work that is this process's.
@@ -90,8 +93,8 @@ struct ModelArgs {
 impl ModelArgs {
     fn open(&self) -> anyhow::Result<Decoder> {
         anyhow::ensure!(self.rank < self.ranks, "--rank {} must be below --ranks {}", self.rank, self.ranks);
-        placement::set_up(self.machine.threads, Place::Cpu)?;
-        placement::open(&self.model, self.machine.dtype.into(), Place::Cpu)
+        placement::set_up(self.machine.threads, self.machine.device)?;
+        placement::open(&self.model, self.machine.dtype.into(), self.machine.device)
             .with_context(|| format!("loading {}", self.model.display()))
     }
 

@@ -3,8 +3,9 @@
 //! What must stay true: a pass crosses to the device once with its inputs and once back with its tokens.
 
 use agentfly_c10d::ops::PagedStep;
+use agentfly_c10d::upload;
 use agentfly_common::ids::PolicyVersion;
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 use crate::model::{Attention, Decoder, ModelError};
 
@@ -58,15 +59,12 @@ impl Engine {
                 draws.push(Row { uniform: turn.uniform(), sampling: turn.sampling.clone() });
             }
         }
-        let most = pages.iter().map(Vec::len).max().unwrap_or(0);
-        pages.iter_mut().for_each(|row| row.resize(most, 0));
-        let table = Tensor::f_from_slice(&pages.concat())?.f_view([pages.len() as i64, most as i64])?;
-        let step =
-            PagedStep { starts: Tensor::from_slice(&starts), lengths: Tensor::from_slice(&lengths), table };
+        let (cache, device) = (self.cache.tensor()?, decoder.device());
+        let step = PagedStep::new(&starts, &lengths, &pages, cache.size()[0], device)?;
         let tokens = ids.len() as i64;
-        let all = Tensor::f_from_slice(&[ids, positions, last].concat())?.f_to_device(decoder.device())?;
+        let all = upload(&[ids, positions, last].concat(), device)?;
         let (ids, positions) = (all.f_narrow(0, 0, tokens)?, all.f_narrow(0, tokens, tokens)?);
-        let attention = Attention::Paged { pages: self.cache.tensor()?, step: &step };
+        let attention = Attention::Paged { pages: cache, step: &step };
         let hidden = decoder.hidden(&ids, &positions, attention)?;
         if draws.is_empty() {
             return Ok(Vec::new());

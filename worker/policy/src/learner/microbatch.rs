@@ -3,10 +3,12 @@
 //! Alignment, which everything else relies on: the hidden state at position j − 1 predicts token j, so a token
 //! with `loss_mask[j]` takes its log-prob from there, and only those positions reach the head.
 
-use tch::{Device, TchError, Tensor};
+use agentfly_c10d::upload;
+use tch::{Device, Tensor};
 
 use super::config::MicroBatchLimit;
 use super::error::{LearnerError, RowName};
+use crate::model::ModelError;
 
 /// A row as the model sees it: its tokens, and which of them have loss.
 #[derive(Debug)]
@@ -89,7 +91,7 @@ pub(super) struct TokenBatch {
 
 impl TokenBatch {
     /// `rows` in this order; their targets one row after another.
-    pub(super) fn new(rows: &[&Row<'_>], device: Device) -> Result<Self, TchError> {
+    pub(super) fn new(rows: &[&Row<'_>], device: Device) -> Result<Self, ModelError> {
         let (mut ids, mut positions, mut starts) = (Vec::new(), Vec::new(), vec![0_i64]);
         let (mut predicting, mut targets) = (Vec::new(), Vec::new());
         for row in rows.iter().filter(|row| row.span() > 0) {
@@ -102,13 +104,12 @@ impl TokenBatch {
                 targets.push(i64::from(row.token_ids[j]));
             }
         }
-        let there = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);
         Ok(Self {
-            ids: there(&ids)?,
-            positions: there(&positions)?,
+            ids: upload(&ids, device)?,
+            positions: upload(&positions, device)?,
             starts: Tensor::f_from_slice(&starts)?,
-            predicting: there(&predicting)?,
-            targets: there(&targets)?,
+            predicting: upload(&predicting, device)?,
+            targets: upload(&targets, device)?,
             tokens: targets.len(),
         })
     }

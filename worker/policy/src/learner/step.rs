@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use agentfly_c10d::upload;
 use agentfly_common::batch::{MiniBatch, TrainRow, TrainShard};
 use agentfly_common::telemetry::TRACE;
 use tch::{Kind, Tensor};
@@ -14,7 +15,7 @@ use super::forward::{self, slice};
 use super::loss::ppo_clip;
 use super::microbatch::{Row, TokenBatch, plan};
 use super::stats::{StepStats, StepSums, UPDATE_SUMS, UpdateSums};
-use crate::model::{Decoder, EMBEDDING};
+use crate::model::{Decoder, EMBEDDING, ModelError};
 
 /// The rows of one mini-batch, checked, beside their batch.
 pub(super) struct Prepared<'a> {
@@ -213,7 +214,7 @@ impl Learner {
             weights.extend(std::iter::repeat_n(weight, targets.len()));
         }
         let column = |values: &[f32]| -> Result<Tensor, LearnerError> {
-            Ok(Tensor::f_from_slice(values)?.f_to_device(decoder.device())?)
+            Ok(upload(values, decoder.device()).map_err(ModelError::from)?)
         };
         let gather = |by_row: &LogProbs| {
             column(&indices.iter().flat_map(|&i| by_row[i].iter().copied()).collect::<Vec<_>>())

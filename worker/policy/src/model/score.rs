@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use agentfly_c10d::ops::token_terms;
+use agentfly_c10d::upload;
 use tch::{Device, Tensor};
 
 use super::attention::Attention;
@@ -44,7 +45,7 @@ pub fn score_rows(decoder: &Decoder, rows: &[&[u32]]) -> Result<Vec<Scores>, Mod
     let targets: Vec<i64> = next.map(|&id| i64::from(id)).collect();
     let (mut log_probs, mut entropies) = (Vec::new(), Vec::new());
     visit_logits(decoder, rows, |range, logits| {
-        let targets = Tensor::f_from_slice(&targets[range])?.f_to_device(decoder.device())?;
+        let targets = upload(&targets[range], decoder.device())?;
         let terms = token_terms(logits, &targets, 1.0)?;
         append(&mut log_probs, &terms.log_prob)?;
         append(&mut entropies, &terms.entropy)
@@ -100,7 +101,7 @@ fn hidden(decoder: &Decoder, rows: &[&[u32]]) -> Result<Tensor, ModelError> {
     for row in rows {
         starts.push(starts[starts.len() - 1] + row.len() as i64);
     }
-    let on_device = |host: &[i64]| Tensor::f_from_slice(host)?.f_to_device(decoder.device());
+    let on_device = |host: &[i64]| upload(host, decoder.device());
     let starts = Tensor::f_from_slice(&starts)?;
     decoder.hidden(&on_device(&ids)?, &on_device(&positions)?, Attention::Packed(&starts))
 }
