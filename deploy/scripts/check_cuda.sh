@@ -14,11 +14,11 @@ say() { echo "check-cuda: $*" >&2; }
 
 # What this build alone sees. All else is in the ordinary build, too, byte for byte: Rust without `feature = "nccl"` is
 # the same code, and C++ without AF_NCCL is compiled against the same headers (both libtorches come out of one wheel).
-# Left are the files which name that feature or macro, the headers that they may call into, how they are built, and the
-# versions of what they are built against. Hashed by content and name, tracked or new: the same on every machine.
+# Left are the files which name that feature or macro, the headers beside them (those of ops/ are in the ordinary build),
+# how they are built, and the versions of what they are built against. Hashed by content and name, tracked or new: the same on every machine.
 inputs() {
     {
-        git ls-files -co --exclude-standard -- 'worker/c10d/csrc/*.h' worker/c10d/build.rs .cargo/config.toml \
+        git ls-files -co --exclude-standard -- ':(glob)worker/c10d/csrc/*.h' worker/c10d/build.rs .cargo/config.toml \
             deploy/scripts/check_cuda.sh deploy/scripts/fetch_libtorch_cuda.sh
         git grep --untracked -l AF_NCCL -- worker/c10d/csrc
         git grep --untracked -lE 'feature *= *"nccl"' -- '*.rs'
