@@ -50,7 +50,8 @@ def start_server(port: int) -> subprocess.Popen[bytes]:
                "--max-num-seqs", "64", "--served-model-name", "model", "--enable-prefix-caching",
                "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": cpus(options.threads),
-                   "VLLM_SERVER_DEV_MODE": "1", **os.environ}
+                   # A connection outlives the turns of the other side, during which this one is idle.
+                   "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600", "VLLM_SERVER_DEV_MODE": "1", **os.environ}
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL,
                             preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
 
