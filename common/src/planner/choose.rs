@@ -62,8 +62,8 @@ pub(super) fn attempt(work: &Workload<'_>, machine: &Machine) -> Result<Plan, (R
         Some(budget) => budget - least_rank.resident(),
     };
 
-    let plain = tokens_that_fit(work, free, false);
-    let frugal = if work.may_recompute { tokens_that_fit(work, free, true) } else { plain };
+    let plain = tokens_that_fit(work, machine.kind, free, false);
+    let frugal = if work.may_recompute { tokens_that_fit(work, machine.kind, free, true) } else { plain };
     let a_token = cache_bytes_a_token(work).max(1);
     let for_cache = free.saturating_sub(rollout_workspace(work, 1)) / a_token;
     let window = window(work, most, frugal, for_cache).ok_or((least_rank, Lacking::Tokens { least }))?;
@@ -73,7 +73,7 @@ pub(super) fn attempt(work: &Workload<'_>, machine: &Machine) -> Result<Plan, (R
 
     let recompute = u64::from(tokens) > plain;
     let slots = slots_that_fit(work, free, window, a_token);
-    let training = training_bytes(work, u64::from(tokens), recompute);
+    let training = training_bytes(work, machine.kind, u64::from(tokens), recompute);
     let cache_tokens = cache_tokens(work, machine, (slots, window), (free, training));
     let rank = rank_bytes(work, machine.kind, (slots, cache_tokens), (u64::from(tokens), recompute));
     let of_window = (u64::from(window), u64::from(window) > plain);
@@ -132,11 +132,11 @@ fn least_tokens(work: &Workload<'_>, window: u64) -> u64 {
 }
 
 /// The most tokens whose activations and head fit.
-fn tokens_that_fit(work: &Workload<'_>, free: u64, recompute: bool) -> u64 {
+fn tokens_that_fit(work: &Workload<'_>, kind: DeviceKind, free: u64, recompute: bool) -> u64 {
     let (mut fits, mut too_many) = (0, MOST_TOKENS);
     while too_many - fits > 1 {
         let middle = fits.midpoint(too_many);
-        match training_bytes(work, middle, recompute) <= free {
+        match training_bytes(work, kind, middle, recompute) <= free {
             true => fits = middle,
             false => too_many = middle,
         }

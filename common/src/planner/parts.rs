@@ -13,6 +13,9 @@ const CPU_FIXED_BYTES: u64 = 220 << 20;
 const CUDA_FIXED_BYTES: u64 = 1200 << 20;
 /// f32 tensors `[slots, vocab]` alive while tokens are drawn: logits, and their order where that is asked for.
 const SAMPLING_COPIES: u64 = 2;
+/// On a CPU activations take a quarter more than their bytes: what the heap keeps between them, too small for the
+/// next. Measured (deploy/docs/memory.md).
+const HEAP_HOLES: u64 = 4;
 /// A warm interpreter with the packages that snippets import.
 const INTERPRETER_BYTES: u64 = 128 << 20;
 /// What a call that computes little writes of the warm interpreter's pages and its own.
@@ -134,13 +137,19 @@ pub(super) fn rollout_workspace(work: &Workload<'_>, slots: u64) -> u64 {
     prefill.saturating_add(sampling)
 }
 
+/// Activations of a micro-batch as its device's memory holds them.
+fn held_activations(work: &Workload<'_>, kind: DeviceKind, tokens: u64, recompute: bool) -> u64 {
+    let bytes = activation_bytes(work.model, work.precision, tokens, recompute);
+    match kind {
+        DeviceKind::Cpu => bytes.saturating_add(bytes / HEAP_HOLES),
+        DeviceKind::Cuda => bytes,
+    }
+}
+
 /// Head and activations of a micro-batch.
-pub(super) fn training_bytes(work: &Workload<'_>, tokens: u64, recompute: bool) -> u64 {
-    activation_bytes(work.model, work.precision, tokens, recompute).saturating_add(head_bytes(
-        work.model,
-        work.precision,
-        tokens,
-    ))
+pub(super) fn training_bytes(work: &Workload<'_>, kind: DeviceKind, tokens: u64, recompute: bool) -> u64 {
+    let head = head_bytes(work.model, work.precision, tokens);
+    held_activations(work, kind, tokens, recompute).saturating_add(head)
 }
 
 /// All parts, for a cache of `cache_tokens` in `slots` and micro-batches of `tokens`.
@@ -166,7 +175,7 @@ pub(super) fn rank_bytes(
         fixed: fixed_bytes(kind),
         kv_cache: cache_bytes_a_token(work).saturating_mul(cache_tokens),
         rollout_workspace: rollout_workspace(work, slots),
-        activations: activation_bytes(work.model, work.precision, tokens, recompute),
+        activations: held_activations(work, kind, tokens, recompute),
         head: head_bytes(work.model, work.precision, tokens),
         total_bytes: 0,
     }

@@ -170,7 +170,7 @@ impl Decoder {
 
     /// Has every map pack its weights now, one beside the other, by computing one token. Packed at their first use
     /// they would come to lie in the holes between a batch's activations, and the next layer's activations into new
-    /// memory: a quarter more of it for good. A GPU packs nothing.
+    /// memory: 200 MiB more for good with micro-batches of 4096 tokens of SmolLM2-135M. A GPU packs nothing.
     fn pack(&self) -> Result<(), ModelError> {
         if self.device.is_cuda() {
             return Ok(());
