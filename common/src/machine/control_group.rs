@@ -77,8 +77,15 @@ mod tests {
     fn group(version: &Version, folder: &Path, limit: Option<u64>, [used, inactive, active]: [u64; 3]) {
         std::fs::create_dir_all(folder).unwrap();
         let limit = limit.map_or("max".to_owned(), |mib| (mib * MIB).to_string());
-        let [first, second] = version.cached;
-        let stat = format!("anon 5\n{first} {}\n{second} {}\n", inactive * MIB, active * MIB);
+        // As the kernel writes them: the first version has the group's own beside its whole tree's.
+        let (inactive, active) = (inactive * MIB, active * MIB);
+        let stat = match version.limit {
+            "memory.max" => format!("anon 5\ninactive_file {inactive}\nactive_file {active}\n"),
+            _ => format!(
+                "cache 5\ninactive_file 1\nactive_file 2\ntotal_inactive_file {inactive}\n\
+                 total_active_file {active}\n"
+            ),
+        };
         std::fs::write(folder.join(version.limit), format!("{limit}\n")).unwrap();
         std::fs::write(folder.join(version.used), format!("{}\n", used * MIB)).unwrap();
         std::fs::write(folder.join("memory.stat"), stat).unwrap();
