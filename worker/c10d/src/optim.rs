@@ -66,8 +66,8 @@ pub fn fused_adamw(
     let scale_pointer = scale.as_ref().map_or(std::ptr::null_mut(), pointer);
     let pointers = |tensors: &[Tensor]| tensors.iter().map(pointer).collect::<Vec<*mut c_void>>();
     let lists = [state.params, state.grads, state.exp_avgs, state.exp_avg_sqs, &steps].map(pointers);
-    // SAFETY: five lists of `params.len()` live tensor pointers each, and a live one or null; `check` has seen that all tensors of one
-    // place agree in size, kind, device and dense layout, which is what the kernel takes on trust.
+    // SAFETY: five lists of `params.len()` live tensor pointers each, and a live one or null; `check` has seen that
+    // all tensors of one place agree in size, kind, device and dense layout, which is what the kernel takes on trust.
     let code = unsafe {
         ffi::af_fused_adamw(
             lists[0].as_ptr(),

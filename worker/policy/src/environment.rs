@@ -9,7 +9,7 @@ use std::os::unix::process::CommandExt as _;
 ///
 /// - glibc hands big blocks back to the kernel at once and takes them again page by page; training allocates and
 ///   frees gigabytes a second, so that costs more than the arithmetic. Keep them instead, in pages of 2 MiB: a decode
-///   step reads all weights and the cache once, and finding small pages takes a fourth of its attention's time.
+///   step reads all weights and the cache once, and finding small pages takes a sixth of its attention's time.
 /// - OpenMP's threads spin while they wait for each other. Where anything else wants a core that slows a step down
 ///   many times over; asleep at once, they take longer to wake than a decode step's operators last. Spin for up to
 ///   half a millisecond, then sleep.

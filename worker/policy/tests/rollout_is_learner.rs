@@ -95,6 +95,7 @@ fn a_rollouts_log_probs_are_the_learners_to_the_bit() {
                 TrainShard { step: 1, policy_version: PolicyVersion(0), mini_batches: vec![mini_batch] };
             let stats = learner.train(&mut decoder, &shard).expect("the step works");
             assert_eq!(stats.metrics["training/rollout_probs_diff_max"], 0.0, "{family} {kind:?}");
+            assert_eq!(stats.metrics["rollout_corr/log_prob_diff_max"], 0.0, "{family} {kind:?}");
             assert_eq!(stats.metrics["rollout_corr/kl"], 0.0, "{family} {kind:?}");
         }
     }

@@ -7,7 +7,7 @@ use agentfly_common::ids::{ChainKey, PolicyVersion, Purpose};
 use tch::{Device, Kind, Tensor};
 
 use super::config::MicroBatchLimit;
-use super::error::RowName;
+use super::error::{LearnerError, RowName};
 use super::microbatch::{Row, plan};
 use super::offpolicy::OffPolicySums;
 use super::optimizer::Optimizer;
@@ -220,6 +220,27 @@ fn differences_of_probabilities_have_the_mean_and_standard_deviation_of_all_toke
 }
 
 /// Two rows with gaps in their masks and advantages of both signs.
+#[test]
+fn the_largest_difference_of_log_probs_is_told_and_a_nan_is_no_small_one() {
+    let largest = |trained: &[f32], rollout: &[f32]| {
+        let mut sums = OffPolicySums::default();
+        sums.add_row(trained, rollout);
+        sums.metrics()["rollout_corr/log_prob_diff_max"]
+    };
+    // Two rare tokens: of probabilities alone nothing would show.
+    assert_eq!(largest(&[-1.0, -14.0, -11.0], &[-1.0, -11.5, -11.25]), 2.5);
+    assert_eq!(largest(&[-1.0, f32::NAN], &[-1.25, -2.0]), f64::INFINITY);
+}
+
+#[test]
+fn a_panic_within_a_step_is_an_error_that_leaves_the_learner_broken() {
+    let mut decoder = decoder();
+    let mut learner = Learner::new(LearnerConfig::default(), &decoder, false, None).unwrap();
+    let told = learner.guarded(&mut decoder, |_, _| -> Result<(), _> { panic!("out of memory") });
+    assert!(told.unwrap_err().to_string().contains("out of memory"));
+    assert!(matches!(learner.train(&mut decoder, &shard()), Err(LearnerError::Broken)));
+}
+
 fn shard() -> TrainShard {
     let row = |chain: u32, token_ids: &[u32], mask: [bool; 5], advantage: f32| TrainRow {
         key: ChainKey { purpose: Purpose::Train, step: 1, group: 0, chain },
