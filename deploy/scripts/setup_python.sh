@@ -70,7 +70,7 @@ if [ -e "$stamp" ]; then mv "$venv" "$previous"; fi
 
 "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
-    --requirement "$requirements" ||
+    --require-hashes --requirement "$requirements" ||
     fail "could not install the packages of deploy/requirements-sandbox.txt (pip's reason is above).
 Without a network: on a machine that has one run
     pip download --no-deps --only-binary :all: -r deploy/requirements-sandbox.txt -d wheels

@@ -29,7 +29,8 @@ fi
 
 rm -rf "$venv"
 "$python" -m venv "$venv" || fail "'$python -m venv' failed; on Debian and Ubuntu install python3-venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$requirements" ||
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+    --require-hashes --requirement "$requirements" ||
     fail "pip could not install $requirements; check the network or the configured package index, then run this again"
 # Last, so that an interrupted run leaves no stamp and the next one starts over.
 printf '%s\n' "$stamp" >"$venv/.stamp"
