@@ -206,7 +206,7 @@ impl Job {
             }
             () if !teaches => "no chain did better or worse than its group",
             () if metric("actor/skipped_updates").is_some_and(|skipped| skipped > 0.0) => {
-                "updates were skipped for gradients that are not finite"
+                "updates were skipped for values that are not finite"
             }
             () => {
                 return Err(format!(

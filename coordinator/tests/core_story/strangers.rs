@@ -242,8 +242,8 @@ fn weights_may_stay_when_the_ranks_say_why_and_only_then() {
     for (name, value, excuse) in [
         ("actor/lr", 0.0, Some("the learning rate is 0")),
         ("actor/lr", 1.0, None),
-        ("actor/skipped_updates", 1.0, Some("gradients that are not finite")),
-        ("actor/skipped_updates", 0.5, Some("gradients that are not finite")),
+        ("actor/skipped_updates", 1.0, Some("values that are not finite")),
+        ("actor/skipped_updates", 0.5, Some("values that are not finite")),
         ("actor/skipped_updates", 0.0, None),
     ] {
         let told = unchanged_after(|_| (), &[(name, value)]);

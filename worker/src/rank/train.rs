@@ -5,7 +5,7 @@ use std::time::Duration;
 use agentfly_common::batch::TrainShard;
 use agentfly_common::ids::PolicyVersion;
 use agentfly_common::telemetry::TRACE;
-use agentfly_policy::learner::LearnerError;
+use agentfly_policy::learner::{LearnerError, NonFinite};
 use agentfly_proto::v1::{
     self as pb, FetchTrainShardRequest, RunTrain, TrainDone, rank_message::Kind as Say,
 };
@@ -90,7 +90,9 @@ pub(super) fn learner_error(error: LearnerError) -> RankError {
     match error {
         LearnerError::Config { .. } => RankError::operator(error),
         // Another rank is gone or refused: its own report says why.
-        LearnerError::Collective(_) | LearnerError::PeerRefused { .. } => RankError::outside(error),
+        LearnerError::Collective(_)
+        | LearnerError::PeerRefused { .. }
+        | LearnerError::TooManySkips { last: NonFinite::Elsewhere, .. } => RankError::outside(error),
         other => RankError::us(other),
     }
 }
@@ -113,6 +115,14 @@ mod tests {
             ExponentialBuilder::default().with_min_delay(Duration::ZERO).with_max_delay(Duration::ZERO);
         let ended = again(attempt, at_once).await;
         (tries.get(), ended.is_ok())
+    }
+
+    #[test]
+    fn whose_loss_was_not_finite_is_the_jobs_cause_and_not_who_heard_of_it() {
+        let skipped =
+            |last| learner_error(LearnerError::TooManySkips { skipped: 11, allowed: 10, last }).whose;
+        assert_eq!(skipped(NonFinite::Elsewhere), Whose::Outside);
+        assert_eq!(skipped(NonFinite::GradNorm(f64::NAN)), Whose::Us);
     }
 
     #[tokio::test]

@@ -69,7 +69,10 @@ pub struct LearnerConfig {
     pub recompute_above: usize,
     /// The temperature of the rollout, by which logits are divided.
     pub temperature: f64,
-    /// Updates in a row that may be skipped for a gradient that is not finite.
+    /// Updates in a row that may be skipped for a value that is not finite: the policy loss, KL loss or entropy of
+    /// some micro-batch, or the norm of the whole gradient, on any rank. Such an update changes nothing on any rank;
+    /// one more of them ends the run with the value and its rows. Between two of the others they may be as many as
+    /// there are: `actor/skipped_updates` counts them.
     pub max_grad_skips: u32,
     /// Whether each of several ranks keeps and updates its share of the optimizer's state, or all of it
     /// (`fsdp_config.fsdp_size` -1 or 1).

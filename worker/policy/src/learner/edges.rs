@@ -1,16 +1,19 @@
 //! Tests of the learner's arithmetic where a wrong factor would still train: clipping, AdamW over several steps,
 //! the ends of a schedule, and what a step reports.
 
-use agentfly_c10d::AdamWHyper;
+use std::thread;
+use std::time::Duration;
+
+use agentfly_c10d::{AdamWHyper, Group, Store};
 use agentfly_common::batch::{MiniBatch, TrainRow, TrainShard};
 use agentfly_common::ids::{ChainKey, PolicyVersion, Purpose};
 use tch::{Device, Kind, Tensor};
 
 use super::config::MicroBatchLimit;
-use super::error::{LearnerError, RowName};
+use super::error::{LearnerError, NonFinite, RowName};
 use super::microbatch::{Row, plan};
 use super::offpolicy::OffPolicySums;
-use super::optimizer::Optimizer;
+use super::optimizer::{Optimizer, Update};
 use super::ranks::Ranks;
 use super::stats::StepSums;
 use super::{Learner, LearnerConfig, LrSchedule, Schedule};
@@ -141,6 +144,88 @@ fn a_gradient_that_is_not_finite_changes_neither_weights_nor_the_count_of_steps(
     assert_eq!((weights_of(&optimizer, &optimizer.master), optimizer.steps), (before, 0));
 }
 
+/// A learner whose reference policy is broken: the KL loss is NaN, while the estimator's clamp leaves its gradient 0.
+fn with_nan_in_the_kl_loss(decoder: &Decoder, max_grad_skips: u32) -> Learner {
+    let config = LearnerConfig { use_kl_loss: true, max_grad_skips, ..LearnerConfig::default() };
+    let learner = Learner::new(config, decoder, true, None).unwrap();
+    break_reference(&learner);
+    learner
+}
+
+fn break_reference(learner: &Learner) {
+    let norm = learner.reference.as_ref().unwrap().parameters().get("model.norm.weight").unwrap();
+    let _same = tch::no_grad(|| norm.shallow_clone().fill_(f64::NAN));
+}
+
+#[test]
+fn a_loss_that_is_not_finite_is_skipped_like_a_gradient_and_ends_the_run_with_its_rows() {
+    let mut decoder = decoder();
+    let before = decoder.weights_hash().unwrap();
+    let mut learner = with_nan_in_the_kl_loss(&decoder, 1);
+    let stats = learner.train(&mut decoder, &shard()).unwrap();
+    assert_eq!(stats.skipped_updates, 1);
+    assert_eq!(stats.metrics.get("actor/pg_loss"), None, "an update that was not made has no loss");
+    assert_eq!((decoder.weights_hash().unwrap(), learner.optimizer.steps), (before, 0));
+    let next = TrainShard { policy_version: PolicyVersion(1), ..shard() };
+    let error = learner.train(&mut decoder, &next).unwrap_err();
+    let LearnerError::TooManySkips { skipped: 2, allowed: 1, last } = error else { panic!("{error}") };
+    assert!(matches!(last, NonFinite::Loss { what: "KL loss", rows: 2, .. }), "{last}");
+    let told = error.to_string();
+    assert!(
+        told.contains("the KL loss is NaN in a micro-batch of 2 rows that starts with train/step 1"),
+        "{told}"
+    );
+}
+
+#[test]
+fn an_update_between_ends_the_count_of_those_skipped_in_a_row() {
+    let mut decoder = decoder();
+    let mut learner = with_nan_in_the_kl_loss(&decoder, 1);
+    for (version, skips) in (0..).zip([true, false, true, false, true]) {
+        learner.config.use_kl_loss = skips;
+        let shard = TrainShard { policy_version: PolicyVersion(version), ..shard() };
+        let stats = learner.train(&mut decoder, &shard).unwrap();
+        assert_eq!(stats.skipped_updates, u32::from(skips));
+    }
+}
+
+#[test]
+fn a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all_and_told_by_that_one() {
+    let deadline = Duration::from_secs(20);
+    for shard_optimizer in [true, false] {
+        let (_server, port) = Store::serve("127.0.0.1", 0, deadline).unwrap();
+        let rank = |rank| {
+            thread::spawn(move || {
+                let store = Store::connect("127.0.0.1", port, deadline).unwrap();
+                let group = Group::gloo(&store, rank, 2, "127.0.0.1", deadline).unwrap();
+                let mut decoder = decoder();
+                let before = decoder.weights_hash().unwrap();
+                let config = LearnerConfig {
+                    shard_optimizer,
+                    use_kl_loss: true,
+                    max_grad_skips: 0,
+                    ..LearnerConfig::default()
+                };
+                let mut learner = Learner::new(config, &decoder, true, Some(group)).unwrap();
+                if rank == 1 {
+                    break_reference(&learner);
+                }
+                let mut shard = shard();
+                shard.mini_batches[0].rows.remove(rank);
+                let error = learner.train(&mut decoder, &shard).unwrap_err();
+                assert_eq!(decoder.weights_hash().unwrap(), before);
+                error
+            })
+        };
+        let told = [rank(0), rank(1)].map(|thread| match thread.join().unwrap() {
+            LearnerError::TooManySkips { last, .. } => last,
+            other => panic!("{other}"),
+        });
+        assert_eq!(told[0], NonFinite::Elsewhere);
+        assert!(matches!(told[1], NonFinite::Loss { what: "KL loss", rows: 1, .. }), "{}", told[1]);
+    }
+}
+
 #[test]
 fn schedules_at_their_ends() {
     let schedule = LrSchedule {
@@ -174,10 +259,13 @@ fn micro_batches_are_filled_to_their_limit() {
 
 #[test]
 fn what_updates_report_is_averaged_over_updates_and_where_it_counts_tokens_over_tokens() {
-    let mut sums = StepSums { tokens: 50, grad_norm: 6.0, finite_norms: 2, ..StepSums::default() };
-    sums.add_update(&[1.0, 2.0, 3.0, 10.0, 20.0, 40.0], 10);
-    sums.add_update(&[3.0, 4.0, 5.0, 0.0, 0.0, 0.0], 10);
-    sums.add_update(&[2.0, 3.0, 4.0, 5.0, 10.0, 20.0], 5);
+    let mut sums = StepSums { tokens: 50, ..StepSums::default() };
+    let applied = |grad_norm| Update { grad_norm, applied: true };
+    let skipped = Update { grad_norm: f64::NAN, applied: false };
+    sums.add_update(applied(2.0), &[1.0, 2.0, 3.0, 10.0, 20.0, 40.0], 10);
+    sums.add_update(skipped, &[f64::NAN; 6], 10);
+    sums.add_update(applied(3.0), &[3.0, 4.0, 5.0, 0.0, 0.0, 0.0], 10);
+    sums.add_update(applied(4.0), &[2.0, 3.0, 4.0, 5.0, 10.0, 20.0], 5);
     let stats = sums.finish(&Ranks::new(None, Device::Cpu), 0.5, Some(0.25), 25).unwrap();
     for (name, value) in [
         ("actor/pg_loss", 2.0),
@@ -195,10 +283,12 @@ fn what_updates_report_is_averaged_over_updates_and_where_it_counts_tokens_over_
     }
     assert_eq!((stats.skipped_updates, stats.tokens, stats.loss_tokens), (1, 50, 25));
 
-    let mut skipped = StepSums::default();
-    skipped.add_update(&[0.0; 6], 1);
-    let stats = skipped.finish(&Ranks::new(None, Device::Cpu), 0.5, None, 1).unwrap();
-    assert_eq!(stats.metrics.get("actor/grad_norm"), None, "no norm was finite");
+    let mut none = StepSums::default();
+    none.add_update(skipped, &[0.0; 6], 1);
+    let stats = none.finish(&Ranks::new(None, Device::Cpu), 0.5, None, 1).unwrap();
+    for name in ["actor/grad_norm", "actor/pg_loss", "actor/entropy"] {
+        assert_eq!(stats.metrics.get(name), None, "nothing was applied that {name} could be of");
+    }
     assert!(!stats.metrics.contains_key("actor/kl_loss") && !stats.metrics.contains_key("actor/kl_coef"));
 }
 

@@ -84,29 +84,17 @@ pub enum LearnerError {
         /// Training step.
         step: u64,
     },
-    /// A value became NaN or infinite.
-    #[error("{what} is {value} in a micro-batch of {rows} rows that starts with {first}")]
-    NonFinite {
-        /// Which value.
-        what: &'static str,
-        /// NaN or an infinity.
-        value: f64,
-        /// Rows of the micro-batch.
-        rows: usize,
-        /// Its first row.
-        first: RowName,
-    },
-    /// The gradient's norm was not finite too many times in a row.
+    /// Too many updates in a row were skipped.
     #[error(
-        "the gradient norm was not finite in {skipped} updates in a row (the last: {norm}); at most {allowed} are skipped"
+        "{skipped} updates in a row had values that are not finite, and at most {allowed} may be skipped; the last: {last}"
     )]
     TooManySkips {
         /// Updates in a row.
         skipped: u32,
         /// `max_grad_skips`.
         allowed: u32,
-        /// The last norm.
-        norm: f64,
+        /// Why the last was.
+        last: NonFinite,
     },
     /// An earlier step failed half-way.
     #[error(
@@ -154,6 +142,29 @@ impl From<tch::TchError> for LearnerError {
         // The first line says it; the rest is a C++ backtrace.
         Self::Torch(error.to_string().lines().next().unwrap_or_default().to_owned())
     }
+}
+
+/// Why an update was skipped: the first of its values that was NaN or infinite.
+#[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
+pub enum NonFinite {
+    /// A part of the loss, of this rank's rows.
+    #[error("the {what} is {value} in a micro-batch of {rows} rows that starts with {first}")]
+    Loss {
+        /// Which part.
+        what: &'static str,
+        /// NaN or an infinity.
+        value: f64,
+        /// Rows of the micro-batch.
+        rows: usize,
+        /// Its first row.
+        first: RowName,
+    },
+    /// A part of the loss, of another rank's rows.
+    #[error("a part of the loss on another rank, which says more")]
+    Elsewhere,
+    /// No part of the loss on any rank, but the gradient.
+    #[error("the gradient norm is {0}")]
+    GradNorm(f64),
 }
 
 /// How a row is called in errors.

@@ -39,7 +39,7 @@ use tracing::info_span;
 
 pub use aggregate::{Aggregation, Denominators, UnknownAggregation};
 pub use config::{LearnerConfig, MicroBatchLimit};
-pub use error::{LearnerError, RowName};
+pub use error::{LearnerError, NonFinite, RowName};
 pub use kl::{KlBase, KlEstimator, UnknownKl};
 pub use loss::{ClipRange, PolicyTerms, ppo_clip};
 pub use offpolicy::OffPolicySums;
@@ -167,14 +167,16 @@ impl Learner {
         body: impl FnOnce(&mut Self, &Decoder) -> Result<T, LearnerError>,
     ) -> Result<T, LearnerError> {
         self.broken = true;
-        self.optimizer.zero_grad()?;
-        let sums =
-            |name: &str| self.optimizer.gradient_of(name).map_err(|e| ModelError::Torch(e.to_string()));
-        decoder.gather_gradients(Some(&sums))?;
         // tch's operators panic where they fail.
-        let result = catch_unwind(AssertUnwindSafe(|| body(self, decoder)));
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            self.optimizer.zero_grad()?;
+            let sums =
+                |name: &str| self.optimizer.gradient_of(name).map_err(|e| ModelError::Torch(e.to_string()));
+            decoder.gather_gradients(Some(&sums))?;
+            body(self, decoder)
+        }));
         let result = result.unwrap_or_else(|panic| Err(LearnerError::Torch(panic_text(&*panic))));
-        decoder.gather_gradients(None)?;
+        let result = decoder.gather_gradients(None).map_err(LearnerError::from).and(result);
         match &result {
             Ok(_) => self.broken = false,
             Err(_) => self.ranks = Ranks::new(None, decoder.device()),
@@ -182,14 +184,20 @@ impl Learner {
         result
     }
 
-    /// Sums the gathered gradients over ranks, applies them and shares the result; counts updates skipped in a row.
+    /// Sums the gathered gradients over ranks, applies them and shares the result. Where a rank's loss (`wrong`) or the
+    /// norm is not finite, all ranks skip the update; those in a row are counted.
     fn apply(
         &mut self,
         decoder: &Decoder,
         lr: f64,
+        wrong: Option<NonFinite>,
         phases: &mut PhaseSeconds,
     ) -> Result<Update, LearnerError> {
         let started = Instant::now();
+        // A loss that is not finite may have a finite gradient: a clamp has none where it cuts.
+        if wrong.is_some() {
+            self.optimizer.spoil_grad()?;
+        }
         info_span!(target: TRACE, "sum the gradients").in_scope(|| self.optimizer.reduce(&self.ranks))?;
         phases.all_reduce += started.elapsed().as_secs_f64();
         let started = Instant::now();
@@ -208,11 +216,18 @@ impl Learner {
             self.skips_in_a_row = 0;
             return Ok(update);
         }
+        let mut anywhere = [f64::from(u8::from(wrong.is_some()))];
+        self.ranks.maxima(&mut anywhere)?;
+        let last = match wrong {
+            Some(wrong) => wrong,
+            None if anywhere[0] > 0.0 => NonFinite::Elsewhere,
+            None => NonFinite::GradNorm(update.grad_norm),
+        };
         self.skips_in_a_row += 1;
-        let (skipped, allowed, norm) = (self.skips_in_a_row, self.config.max_grad_skips, update.grad_norm);
-        tracing::warn!(norm, skipped, allowed, "update skipped: the gradient norm is not finite");
+        let (skipped, allowed) = (self.skips_in_a_row, self.config.max_grad_skips);
+        tracing::warn!(cause = %last, skipped, allowed, "update skipped: a value is not finite");
         match skipped > allowed {
-            true => Err(LearnerError::TooManySkips { skipped, allowed, norm }),
+            true => Err(LearnerError::TooManySkips { skipped, allowed, last }),
             false => Ok(update),
         }
     }

@@ -63,6 +63,12 @@ impl Optimizer {
         Ok(())
     }
 
+    /// Makes what is gathered no gradient, so that its norm, summed over ranks, is finite on none.
+    pub(super) fn spoil_grad(&mut self) -> Result<(), LearnerError> {
+        let _same = self.grad.f_narrow(0, 0, 1)?.f_fill_(f64::NAN)?;
+        Ok(())
+    }
+
     /// The sum of a parameter's gradients, sharing memory.
     pub(super) fn gradient_of(&self, name: &str) -> Result<Tensor, LearnerError> {
         match self.shards.slots.iter().find(|slot| slot.name == name) {

@@ -6,6 +6,7 @@ use agentfly_common::ids::PolicyVersion;
 
 use super::error::LearnerError;
 use super::offpolicy::OffPolicySums;
+use super::optimizer::Update;
 use super::ranks::Ranks;
 
 /// Wall seconds by phase; over ranks the slowest counts.
@@ -34,7 +35,7 @@ pub struct StepStats {
     pub policy_version: PolicyVersion,
     /// By verl's names.
     pub metrics: BTreeMap<String, f64>,
-    /// Updates skipped because the gradient norm was not finite.
+    /// Updates skipped because a value of them was not finite.
     pub skipped_updates: u32,
     /// Where the time went.
     pub phases: PhaseSeconds,
@@ -53,23 +54,29 @@ pub(super) const UPDATE_SUMS: usize = 6;
 /// What gathers during a step.
 #[derive(Debug, Default)]
 pub(super) struct StepSums {
-    /// Mean over updates of the aggregated and token-averaged values.
+    /// Sums over applied updates of the aggregated and token-averaged values.
     pub(super) updates: UpdateSums,
-    pub(super) update_count: u32,
     pub(super) grad_norm: f64,
-    pub(super) finite_norms: u32,
+    pub(super) applied: u32,
+    pub(super) skipped: u32,
     pub(super) off_policy: OffPolicySums,
     pub(super) tokens: u64,
     pub(super) phases: PhaseSeconds,
 }
 
 impl StepSums {
-    /// Adds one update's sums of this rank; the last three are averaged over the mini-batch's tokens.
-    pub(super) fn add_update(&mut self, sums: &UpdateSums, global_loss_tokens: u64) {
+    /// Adds one update's sums of this rank; the last three are averaged over the mini-batch's tokens. Those of a
+    /// skipped update are not numbers to average: it is only counted.
+    pub(super) fn add_update(&mut self, update: Update, sums: &UpdateSums, global_loss_tokens: u64) {
+        if !update.applied {
+            self.skipped += 1;
+            return;
+        }
         for (index, (total, sum)) in self.updates.iter_mut().zip(sums).enumerate() {
             *total += if index < 3 { *sum } else { sum / global_loss_tokens as f64 };
         }
-        self.update_count += 1;
+        self.grad_norm += update.grad_norm;
+        self.applied += 1;
     }
 
     /// Reduces over ranks and names the values.
@@ -107,29 +114,30 @@ impl StepSums {
             phases.all_gather,
         ] = seconds;
 
-        let count = f64::from(self.update_count.max(1));
         let mut metrics: BTreeMap<String, f64> =
             self.off_policy.metrics().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         let mut set = |name: &str, value: f64| metrics.insert(name.to_owned(), value);
-        set("actor/pg_loss", updates[0] / count);
-        set("actor/entropy", updates[2] / count);
-        set("actor/pg_clipfrac", updates[3] / count);
-        set("actor/pg_clipfrac_lower", updates[4] / count);
-        set("actor/ppo_kl", updates[5] / count);
         set("actor/lr", lr);
+        set("actor/skipped_updates", f64::from(self.skipped));
         if let Some(coefficient) = kl_coef {
-            set("actor/kl_loss", updates[1] / count);
             set("actor/kl_coef", coefficient);
         }
-        if self.finite_norms > 0 {
-            set("actor/grad_norm", self.grad_norm / f64::from(self.finite_norms));
+        if self.applied > 0 {
+            let count = f64::from(self.applied);
+            set("actor/pg_loss", updates[0] / count);
+            set("actor/entropy", updates[2] / count);
+            set("actor/pg_clipfrac", updates[3] / count);
+            set("actor/pg_clipfrac_lower", updates[4] / count);
+            set("actor/ppo_kl", updates[5] / count);
+            set("actor/grad_norm", self.grad_norm / count);
+            if kl_coef.is_some() {
+                set("actor/kl_loss", updates[1] / count);
+            }
         }
-        let skipped_updates = self.update_count - self.finite_norms;
-        set("actor/skipped_updates", f64::from(skipped_updates));
         Ok(StepStats {
             policy_version: PolicyVersion::default(),
             metrics,
-            skipped_updates,
+            skipped_updates: self.skipped,
             phases: self.phases,
             tokens: tokens[0] as u64,
             loss_tokens,

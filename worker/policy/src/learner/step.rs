@@ -10,11 +10,11 @@ use tracing::info_span;
 
 use super::Learner;
 use super::aggregate::Denominators;
-use super::error::{LearnerError, RowName};
+use super::error::{LearnerError, NonFinite, RowName};
 use super::forward::{self, slice};
 use super::loss::ppo_clip;
 use super::microbatch::{Row, TokenBatch, plan};
-use super::stats::{StepStats, StepSums, UPDATE_SUMS, UpdateSums};
+use super::stats::{StepStats, StepSums, UpdateSums};
 use crate::model::{Decoder, EMBEDDING, ModelError};
 
 /// The rows of one mini-batch, checked, beside their batch.
@@ -32,6 +32,16 @@ struct Columns {
     weights: Tensor,
     old: Option<Tensor>,
     reference: Option<Tensor>,
+}
+
+/// What an update's micro-batches leave beside their gradients.
+#[derive(Default)]
+struct Left {
+    sums: UpdateSums,
+    /// Current log-probs of the last one's targets, where the update needs them.
+    log_probs: Vec<f32>,
+    /// The first value that is not finite.
+    wrong: Option<NonFinite>,
 }
 
 impl Learner {
@@ -160,7 +170,7 @@ impl Learner {
         sums: &mut StepSums,
     ) -> Result<(), LearnerError> {
         let started = Instant::now();
-        let mut totals = [0.0; UPDATE_SUMS];
+        let mut left = Left::default();
         let traced = info_span!(target: TRACE, "forward and backward").entered();
         let spans: Vec<usize> = prepared.rows.iter().map(Row::span).collect();
         self.optimizer.zero_grad()?;
@@ -169,9 +179,9 @@ impl Learner {
             let rows: Vec<&Row<'_>> = indices.iter().map(|&i| &prepared.rows[i]).collect();
             let batch = TokenBatch::new(&rows, decoder.device())?;
             let columns = self.columns(prepared, &indices, old, reference, decoder)?;
-            let mut log_probs = Vec::new();
-            self.micro_batch(decoder, &batch, &columns, &rows, &mut totals, &mut log_probs)?;
-            let mut rest = log_probs.as_slice();
+            left.log_probs.clear();
+            self.micro_batch(decoder, &batch, &columns, &rows, &mut left)?;
+            let mut rest = left.log_probs.as_slice();
             for &index in indices.iter().filter(|_| old.is_none()) {
                 let (own, others) = rest.split_at(prepared.rows[index].targets.len());
                 current[index] = own.to_vec();
@@ -183,12 +193,8 @@ impl Learner {
         if old.is_none() {
             compare(prepared, &current, sums);
         }
-        let update = self.apply(decoder, lr, &mut sums.phases)?;
-        sums.add_update(&totals, prepared.batch.global_loss_tokens);
-        if update.applied {
-            sums.grad_norm += update.grad_norm;
-            sums.finite_norms += 1;
-        }
+        let update = self.apply(decoder, lr, left.wrong, &mut sums.phases)?;
+        sums.add_update(update, &left.sums, prepared.batch.global_loss_tokens);
         Ok(())
     }
 
@@ -228,15 +234,14 @@ impl Learner {
     }
 
     /// Forward and backward of one micro-batch: loss = pg − entropy_coeff · H + kl_coef · KL, each aggregated
-    /// with the same weights. Adds to `totals`; appends the current log-probs.
+    /// with the same weights. Adds to `left`.
     fn micro_batch(
         &self,
         decoder: &Decoder,
         batch: &TokenBatch,
         columns: &Columns,
         rows: &[&Row<'_>],
-        totals: &mut UpdateSums,
-        log_probs: &mut Vec<f32>,
+        left: &mut Left,
     ) -> Result<(), LearnerError> {
         let config = &self.config;
         let with_entropy = config.entropy_coeff != 0.0;
@@ -248,7 +253,7 @@ impl Learner {
             let old = match &columns.old {
                 Some(old) => slice(old, range)?,
                 None => {
-                    log_probs.extend(forward::host(terms.log_prob)?);
+                    left.log_probs.extend(forward::host(terms.log_prob)?);
                     terms.log_prob.f_detach()?
                 }
             };
@@ -277,14 +282,15 @@ impl Learner {
                 ],
                 0,
             )?;
-            for (total, value) in totals.iter_mut().zip(forward::host(&sums)?) {
-                *total += f64::from(value);
-            }
-            for (what, value) in ["policy loss", "KL loss", "entropy"].into_iter().zip(&*totals) {
+            let values = forward::host(&sums)?;
+            for (what, value) in ["policy loss", "KL loss", "entropy"].into_iter().zip(&values) {
                 if !value.is_finite() {
-                    let (rows, first) = (rows.len(), rows[0].name);
-                    return Err(LearnerError::NonFinite { what, value: *value, rows, first });
+                    let (value, rows, first) = (f64::from(*value), rows.len(), rows[0].name);
+                    left.wrong.get_or_insert(NonFinite::Loss { what, value, rows, first });
                 }
+            }
+            for (sum, value) in left.sums.iter_mut().zip(values) {
+                *sum += f64::from(value);
             }
             Ok(loss)
         })

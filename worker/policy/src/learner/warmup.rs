@@ -4,7 +4,7 @@
 use tch::Kind;
 
 use super::Learner;
-use super::error::{LearnerError, RowName};
+use super::error::{LearnerError, NonFinite, RowName};
 use super::forward;
 use super::microbatch::{Row, TokenBatch, plan};
 use super::stats::PhaseSeconds;
@@ -28,7 +28,7 @@ pub struct SupervisedStats {
     pub loss_tokens: u64,
     /// Gradient norm before clipping.
     pub grad_norm: f64,
-    /// False when the norm was not finite and the update was skipped.
+    /// False when loss or norm was not finite and the update was skipped.
     pub applied: bool,
 }
 
@@ -76,7 +76,7 @@ impl Learner {
         lr: f64,
     ) -> Result<SupervisedStats, LearnerError> {
         let spans: Vec<usize> = rows.iter().map(Row::span).collect();
-        let mut total = [0.0];
+        let (mut total, mut wrong) = ([0.0], None);
         let embedding = self.optimizer.gradient_of(EMBEDDING)?;
         for indices in plan(&spans, self.config.micro_batch) {
             let chosen: Vec<&Row<'_>> = indices.iter().map(|&i| &rows[i]).collect();
@@ -87,13 +87,14 @@ impl Learner {
                 let value = loss.f_double_value(&[])?;
                 if !value.is_finite() {
                     let (rows, first) = (chosen.len(), chosen[0].name);
-                    return Err(LearnerError::NonFinite { what: "cross-entropy", value, rows, first });
+                    let found = NonFinite::Loss { what: "cross-entropy", value, rows, first };
+                    wrong.get_or_insert(found);
                 }
                 total[0] += value;
                 Ok(loss)
             })?;
         }
-        let update = self.apply(decoder, lr, &mut PhaseSeconds::default())?;
+        let update = self.apply(decoder, lr, wrong, &mut PhaseSeconds::default())?;
         self.ranks.sums(&mut total)?;
         let (grad_norm, applied) = (update.grad_norm, update.applied);
         Ok(SupervisedStats { loss: total[0], loss_tokens: tokens as u64, grad_norm, applied })
