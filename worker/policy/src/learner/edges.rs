@@ -418,6 +418,41 @@ fn the_gradient_is_that_of_the_loss_by_its_definition() {
 }
 
 #[test]
+fn an_update_does_not_depend_on_how_the_head_is_cut() {
+    // So large a vocabulary that the head takes 64 tokens at a time: two rows of 40 are cut across, one alone is not.
+    let shape = ModelConfig { vocab: 400_000, max_position_embeddings: 64, ..smallest() };
+    let row = |chain: u32| TrainRow {
+        key: ChainKey { purpose: Purpose::Train, step: 1, group: 0, chain },
+        token_ids: (0..41).map(|i| (i * (chain + 3) * 8_191) % 400_000).collect(),
+        loss_mask: (0..41).map(|i| i > 0).collect(),
+        rollout_log_probs: vec![-12.0; 41],
+        advantages: (0..41).map(|i| if i % 3 == 0 { -1.0 } else { 0.75 }).collect(),
+    };
+    let mini_batch = MiniBatch { rows: vec![row(0), row(1)], global_loss_tokens: 80, global_rows: 2 };
+    let shard = TrainShard { step: 1, policy_version: PolicyVersion(0), mini_batches: vec![mini_batch] };
+    let trained = |rows: usize| {
+        let mut decoder = fresh(shape.clone());
+        // Old log-probs and two updates; an ε that lets a gradient's size show.
+        let config = LearnerConfig {
+            lr: 0.1,
+            eps: 0.1,
+            ppo_epochs: 2,
+            entropy_coeff: 0.1,
+            micro_batch: MicroBatchLimit::Rows(rows),
+            ..LearnerConfig::default()
+        };
+        let mut learner = Learner::new(config, &decoder, false, None).unwrap();
+        let stats = learner.train(&mut decoder, &shard).unwrap();
+        let names = ["actor/pg_loss", "actor/entropy", "actor/ppo_kl", "rollout_corr/training_ppl"];
+        (numbers(decoder.parameters().flat()), names.map(|name| stats.metrics[name]))
+    };
+    let (whole, cut) = (trained(1), trained(2));
+    assert_close(&cut.0, &whole.0, "cut across");
+    assert_close(&cut.1, &whole.1, "what is reported");
+    assert_ne!(whole.0, numbers(fresh(shape).parameters().flat()));
+}
+
+#[test]
 fn later_updates_of_a_step_are_measured_against_the_policy_before_the_first() {
     let halves = |mut whole: TrainShard| {
         let rows = std::mem::take(&mut whole.mini_batches[0].rows);

@@ -8,24 +8,17 @@
 use std::ops::Range;
 
 use agentfly_c10d::ops;
-use agentfly_common::planner::head_tokens;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::config::MicroBatchLimit;
 use super::error::LearnerError;
 use super::microbatch::{Row, TokenBatch, plan};
-use crate::model::{Attention, Decoder, ModelError, Rotation};
+use crate::model::{Attention, Decoder, ModelError, Rotation, head_pieces, host, visit_head};
 
 /// Log-prob and entropy of some of a micro-batch's targets, `[n]` f32 each, leaves of autograd.
 pub(super) struct Targets<'a> {
     pub(super) log_prob: &'a Tensor,
     pub(super) entropy: &'a Tensor,
-}
-
-/// The batch's tokens in runs whose logits may exist together.
-fn pieces(decoder: &Decoder, tokens: usize) -> impl Iterator<Item = Range<usize>> {
-    let rows = head_tokens(decoder.config().vocab) as usize;
-    (0..tokens).step_by(rows).map(move |start| start..(start + rows).min(tokens))
 }
 
 /// Part `range` of a per-token tensor.
@@ -49,7 +42,7 @@ pub(super) fn backward(
     let predicting = passed.hidden.f_index_select(0, &batch.predicting)?;
     let at_head = predicting.f_detach()?;
     let mut gradients = Vec::new();
-    for range in pieces(decoder, batch.tokens) {
+    for range in head_pieces(decoder, batch.tokens) {
         let hidden = slice(&at_head, &range)?.f_contiguous()?;
         gradients.push(head(decoder, &hidden, &slice(&batch.targets, &range)?, temperature, |terms| {
             loss(&range, terms)
@@ -158,12 +151,12 @@ pub(super) fn log_probs(
         let hidden = decoder.hidden(&batch.ids, &batch.positions, Attention::Packed(&batch.starts))?;
         let hidden = hidden.f_index_select(0, &batch.predicting)?;
         let mut values = Vec::with_capacity(batch.tokens);
-        for range in pieces(decoder, batch.tokens) {
-            let logits = decoder.logits(&slice(&hidden, &range)?)?;
-            let terms = ops::token_terms(&logits, &slice(&batch.targets, &range)?, temperature)
+        visit_head(decoder, &hidden, |range, logits| -> Result<(), LearnerError> {
+            let terms = ops::token_terms(logits, &slice(&batch.targets, &range)?, temperature)
                 .map_err(ModelError::from)?;
             values.extend(host(&terms.log_prob)?);
-        }
+            Ok(())
+        })?;
         let mut rest = values.as_slice();
         for &index in &indices {
             let (own, others) = rest.split_at(rows[index].targets.len());
@@ -172,13 +165,4 @@ pub(super) fn log_probs(
         }
     }
     Ok(by_row)
-}
-
-/// A vector's values, f32.
-pub(super) fn host(tensor: &Tensor) -> Result<Vec<f32>, LearnerError> {
-    let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?;
-    let mut values = vec![0_f32; tensor.numel()];
-    let count = values.len();
-    tensor.f_contiguous()?.f_copy_data(&mut values, count)?;
-    Ok(values)
 }

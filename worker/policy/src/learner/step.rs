@@ -15,7 +15,7 @@ use super::forward::{self, slice};
 use super::loss::ppo_clip;
 use super::microbatch::{Row, TokenBatch, plan};
 use super::stats::{StepStats, StepSums, UpdateSums};
-use crate::model::{Decoder, EMBEDDING, ModelError};
+use crate::model::{Decoder, EMBEDDING, ModelError, host};
 
 /// The rows of one mini-batch, checked, beside their batch.
 pub(super) struct Prepared<'a> {
@@ -253,7 +253,7 @@ impl Learner {
             let old = match &columns.old {
                 Some(old) => slice(old, range)?,
                 None => {
-                    left.log_probs.extend(forward::host(terms.log_prob)?);
+                    left.log_probs.extend(host(terms.log_prob)?);
                     terms.log_prob.f_detach()?
                 }
             };
@@ -282,7 +282,7 @@ impl Learner {
                 ],
                 0,
             )?;
-            let values = forward::host(&sums)?;
+            let values = host(&sums)?;
             for (what, value) in ["policy loss", "KL loss", "entropy"].into_iter().zip(&values) {
                 if !value.is_finite() {
                     let (value, rows, first) = (f64::from(*value), rows.len(), rows[0].name);

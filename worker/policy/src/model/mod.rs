@@ -27,3 +27,4 @@ pub use parameters::{Parameters, tensor_bytes};
 pub(crate) use parameters::{Slot, for_each_chunk};
 pub(crate) use rope::Rotation;
 pub use score::{Scores, score, score_rows, visit_logits};
+pub(crate) use score::{head_pieces, host, visit_head};

@@ -8,14 +8,12 @@ use std::ops::Range;
 
 use agentfly_c10d::ops::token_terms;
 use agentfly_c10d::upload;
+use agentfly_common::planner::head_tokens;
 use tch::{Device, Tensor};
 
 use super::attention::Attention;
 use super::decoder::Decoder;
 use super::error::ModelError;
-
-/// Tokens whose logits exist at a time.
-const HEAD_ROWS: i64 = 256;
 
 /// What a model says of a text of T tokens; each list has length T, and nothing is said of the first token.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -47,8 +45,9 @@ pub fn score_rows(decoder: &Decoder, rows: &[&[u32]]) -> Result<Vec<Scores>, Mod
     visit_logits(decoder, rows, |range, logits| {
         let targets = upload(&targets[range], decoder.device())?;
         let terms = token_terms(logits, &targets, 1.0)?;
-        append(&mut log_probs, &terms.log_prob)?;
-        append(&mut entropies, &terms.entropy)
+        log_probs.extend(host(&terms.log_prob)?);
+        entropies.extend(host(&terms.entropy)?);
+        Ok(())
     })?;
     let mut start = 0;
     let mut all = Vec::with_capacity(rows.len());
@@ -71,26 +70,43 @@ pub fn score_rows(decoder: &Decoder, rows: &[&[u32]]) -> Result<Vec<Scores>, Mod
 pub fn visit_logits(
     decoder: &Decoder,
     rows: &[&[u32]],
-    mut visit: impl FnMut(Range<usize>, &Tensor) -> Result<(), ModelError>,
+    visit: impl FnMut(Range<usize>, &Tensor) -> Result<(), ModelError>,
 ) -> Result<(), ModelError> {
     check(decoder, rows)?;
     let _no_grad = tch::no_grad_guard();
-    let hidden = hidden(decoder, rows)?;
-    let total = hidden.size()[0];
-    for start in (0..total).step_by(HEAD_ROWS as usize) {
-        let count = HEAD_ROWS.min(total - start);
-        let logits = decoder.logits(&hidden.f_narrow(0, start, count)?)?;
-        visit(start as usize..(start + count) as usize, &logits)?;
-    }
-    Ok(())
+    visit_head(decoder, &hidden(decoder, rows)?, visit)
 }
 
-fn append(values: &mut Vec<f32>, tensor: &Tensor) -> Result<(), ModelError> {
-    let host = tensor.f_to_device(Device::Cpu)?;
-    let (start, count) = (values.len(), host.numel());
-    values.resize(start + count, 0.0);
-    host.f_copy_data(&mut values[start..], count)?;
-    Ok(())
+/// Hands `visit` the logits `[n, vocab]` f32 of hidden states `[N, hidden]`, as many at a time as may exist together,
+/// with their range.
+pub(crate) fn visit_head<E: From<ModelError>>(
+    decoder: &Decoder,
+    hidden: &Tensor,
+    mut visit: impl FnMut(Range<usize>, &Tensor) -> Result<(), E>,
+) -> Result<(), E> {
+    let logits = |range: &Range<usize>| {
+        let part = hidden.f_narrow(0, range.start as i64, range.len() as i64)?;
+        decoder.logits(&part)
+    };
+    head_pieces(decoder, hidden.size()[0] as usize).try_for_each(|range| {
+        let logits = logits(&range)?;
+        visit(range, &logits)
+    })
+}
+
+/// Tokens in runs whose logits may exist together, in order.
+pub(crate) fn head_pieces(decoder: &Decoder, tokens: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+    let rows = head_tokens(decoder.config().vocab) as usize;
+    (0..tokens).step_by(rows).map(move |start| start..(start + rows).min(tokens))
+}
+
+/// A vector's values, f32.
+pub(crate) fn host(tensor: &Tensor) -> Result<Vec<f32>, ModelError> {
+    let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
+    let mut values = vec![0_f32; tensor.numel()];
+    let count = values.len();
+    tensor.f_copy_data(&mut values, count)?;
+    Ok(values)
 }
 
 /// Hidden states `[N, hidden]` of all texts' tokens, one text after another.
