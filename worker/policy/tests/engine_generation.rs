@@ -8,6 +8,7 @@ use agentfly_common::ids::PolicyVersion;
 use agentfly_common::sampling::{Generation, SamplingParams, StopReason};
 use agentfly_policy::engine::{Engine, EngineConfig, EngineError, TurnRequest};
 use agentfly_policy::model::{Decoder, score};
+use support::distribution::{assert_drawn_from, distribution};
 use support::{FAMILIES, full_logits, model, text};
 use tch::Kind;
 
@@ -300,47 +301,6 @@ fn weights_that_are_not_numbers_fail_the_turn_by_name() {
     assert!(chain == 4 && said.contains("policy version 9") && said.contains("NaN"), "{said}");
 }
 
-/// Pearson's statistic of counts against probabilities, and its degrees of freedom; rare tokens are pooled.
-fn chi_square(counts: &[u64], probs: &[f64]) -> (f64, f64) {
-    let total: u64 = counts.iter().sum();
-    let (mut statistic, mut cells, mut rare, mut rare_expected) = (0.0, 0.0, 0.0, 0.0);
-    for (&count, &prob) in counts.iter().zip(probs) {
-        let expected = prob * total as f64;
-        if prob == 0.0 {
-            assert_eq!(count, 0, "a token outside the nucleus was drawn");
-        } else if expected < 8.0 {
-            rare += count as f64;
-            rare_expected += expected;
-        } else {
-            statistic += (count as f64 - expected).powi(2) / expected;
-            cells += 1.0;
-        }
-    }
-    if rare_expected > 1.0 {
-        statistic += (rare - rare_expected).powi(2) / rare_expected;
-        cells += 1.0;
-    }
-    (statistic, cells - 1.0)
-}
-
-/// The distribution a turn's first token should have, computed apart from the sampler.
-fn distribution(logits: &[f64], sampling: &SamplingParams) -> Vec<f64> {
-    let most = logits.iter().copied().fold(f64::MIN, f64::max);
-    let weights: Vec<f64> = logits.iter().map(|l| ((l - most) / sampling.temperature).exp()).collect();
-    let mut order: Vec<usize> = (0..weights.len()).collect();
-    order.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]));
-    order.truncate(sampling.top_k.map_or(weights.len(), |k| k as usize));
-    let mass: f64 = order.iter().map(|&i| weights[i]).sum();
-    let (mut kept, mut probs) = (0.0, vec![0.0; weights.len()]);
-    for i in order {
-        if kept < sampling.top_p * mass {
-            probs[i] = weights[i];
-            kept += weights[i];
-        }
-    }
-    probs.iter().map(|p| p / kept).collect()
-}
-
 #[test]
 fn a_turn_cut_short_keeps_its_tokens_and_its_chain_goes_on_from_them() {
     let decoder = model("qwen2", 1);
@@ -407,12 +367,7 @@ fn tokens_are_drawn_from_the_distribution_asked_for() {
         }
     }
     for (kind, counts) in kinds.iter().zip(&counts).take(4) {
-        let (statistic, freedom) = chi_square(counts, &distribution(&logits, kind));
-        // Five standard deviations of a chi-square variable above its mean.
-        assert!(
-            freedom >= 4.0 && statistic < freedom + 5.0 * (2.0 * freedom).sqrt(),
-            "{kind:?}: {statistic} / {freedom}"
-        );
+        assert_drawn_from(&distribution(&logits, kind), counts, kind);
     }
     assert_eq!(counts[4].iter().filter(|&&count| count > 0).count(), 1, "greedy has one answer");
 }

@@ -13,6 +13,7 @@ use agentfly_common::ids::PolicyVersion;
 use agentfly_common::sampling::{Generation, SamplingParams};
 use agentfly_policy::engine::{Engine, EngineConfig, TurnRequest};
 use agentfly_policy::model::Decoder;
+use support::distribution::{assert_drawn_from, distribution};
 use support::{full_logits, model, text};
 use tch::Kind;
 
@@ -20,8 +21,6 @@ use tch::Kind;
 const DRAWS: u64 = 10_000;
 /// Chains at a time.
 const BATCH: u64 = 250;
-/// A cell expects at least this many draws, or is joined to the next: the approximation is good from five on.
-const CELL: f64 = 10.0;
 
 fn sampling(temperature: f64, top_p: f64, top_k: Option<u32>, max_tokens: u32) -> SamplingParams {
     SamplingParams { temperature, top_p, top_k, max_tokens, stop_ids: Vec::new() }
@@ -64,84 +63,27 @@ fn draws(decoder: &Decoder, prompt: &[u32], sampling: &SamplingParams) -> Vec<Ve
     all
 }
 
-/// Probabilities of softmax(logits / temperature) after the prompt, in f64.
-fn softmax(decoder: &Decoder, prompt: &[u32], temperature: f64) -> Vec<f64> {
+/// Logits after the prompt.
+fn logits(decoder: &Decoder, prompt: &[u32]) -> Vec<f64> {
     let logits = full_logits(decoder, prompt).select(0, prompt.len() as i64 - 1).to_kind(Kind::Double);
-    Vec::<f64>::try_from((logits / temperature).softmax(-1, Kind::Double)).unwrap()
-}
-
-/// What top-k, then top-p within it, leave of a distribution, by their definitions.
-fn restricted(mut probs: Vec<f64>, top_p: f64, top_k: Option<u32>) -> Vec<f64> {
-    let mut order: Vec<usize> = (0..probs.len()).collect();
-    order.sort_by(|&a, &b| probs[b].total_cmp(&probs[a]));
-    order.truncate(top_k.map_or(probs.len(), |k| k as usize));
-    let in_k: f64 = order.iter().map(|&id| probs[id]).sum();
-    let mut before = 0.0;
-    order.retain(|&id| {
-        let kept = before < top_p * in_k;
-        before += probs[id];
-        kept
-    });
-    let mass: f64 = order.iter().map(|&id| probs[id]).sum();
-    for (id, p) in probs.iter_mut().enumerate() {
-        *p = if order.contains(&id) { *p / mass } else { 0.0 };
-    }
-    probs
-}
-
-/// Pearson's statistic and its degrees of freedom. Cells that expect few draws are joined, in the order of ids, so
-/// that a shift of the draw by one token moves mass between cells.
-fn chi_square(counts: &[u64], probs: &[f64]) -> (f64, f64) {
-    let (mut statistic, mut cells) = (0.0, 0.0);
-    let (mut seen, mut expected) = (0.0, 0.0);
-    let mut left: f64 = DRAWS as f64;
-    for (count, p) in counts.iter().zip(probs) {
-        seen += *count as f64;
-        expected += p * DRAWS as f64;
-        // The last cell takes the rest with it.
-        if expected >= CELL && left - expected >= CELL {
-            statistic += (seen - expected).powi(2) / expected;
-            cells += 1.0;
-            left -= expected;
-            (seen, expected) = (0.0, 0.0);
-        }
-    }
-    statistic += (seen - expected).powi(2) / expected;
-    (statistic, cells)
-}
-
-/// Chi-square's quantile at 1 − 10⁻⁶ (Wilson and Hilferty 1931; within a per cent of tables from 5 degrees on).
-fn critical(degrees: f64) -> f64 {
-    let z = 4.7534;
-    let part = 2.0 / (9.0 * degrees);
-    degrees * (1.0 - part + z * part.sqrt()).powi(3)
+    Vec::try_from(logits).unwrap()
 }
 
 #[track_caller]
-fn assert_drawn_from(decoder: &Decoder, prompt: &[u32], sampling: &SamplingParams) {
-    let probs = softmax(decoder, prompt, sampling.temperature);
-    let probs = restricted(probs, sampling.top_p, sampling.top_k);
+fn assert_draws_follow(decoder: &Decoder, prompt: &[u32], sampling: &SamplingParams) {
+    let probs = distribution(&logits(decoder, prompt), sampling);
     let mut counts = vec![0; probs.len()];
     for ids in draws(decoder, prompt, sampling) {
         counts[ids[0] as usize] += 1;
     }
-    for (id, (count, p)) in counts.iter().zip(&probs).enumerate() {
-        assert!(*p > 0.0 || *count == 0, "token {id} is cut off and was drawn {count} times: {sampling:?}");
-    }
-    let (statistic, degrees) = chi_square(&counts, &probs);
-    let bound = critical(degrees);
-    assert!(degrees >= 5.0, "{degrees} degrees of freedom prove little: {sampling:?}");
-    assert!(
-        statistic < bound,
-        "chi-square {statistic:.1} of {degrees} degrees exceeds {bound:.1}: {sampling:?}"
-    );
+    assert_drawn_from(&probs, &counts, sampling);
 }
 
 #[test]
 fn tokens_are_drawn_from_the_tempered_softmax() {
     let decoder = model("qwen2", 1);
     for temperature in [0.7, 1.0, 1.8] {
-        assert_drawn_from(&decoder, &text(9, 1), &sampling(temperature, 1.0, None, 1));
+        assert_draws_follow(&decoder, &text(9, 1), &sampling(temperature, 1.0, None, 1));
     }
 }
 
@@ -149,7 +91,7 @@ fn tokens_are_drawn_from_the_tempered_softmax() {
 fn top_k_leaves_the_k_likeliest_in_proportion() {
     let decoder = model("llama", 2);
     for (top_k, temperature) in [(7, 1.0), (40, 1.5)] {
-        assert_drawn_from(&decoder, &text(7, 2), &sampling(temperature, 1.0, Some(top_k), 1));
+        assert_draws_follow(&decoder, &text(7, 2), &sampling(temperature, 1.0, Some(top_k), 1));
     }
 }
 
@@ -157,7 +99,7 @@ fn top_k_leaves_the_k_likeliest_in_proportion() {
 fn top_p_leaves_the_nucleus_in_proportion() {
     let decoder = model("qwen3", 3);
     for (top_p, temperature) in [(0.95, 1.0), (0.6, 2.0)] {
-        assert_drawn_from(&decoder, &text(11, 3), &sampling(temperature, top_p, None, 1));
+        assert_draws_follow(&decoder, &text(11, 3), &sampling(temperature, top_p, None, 1));
     }
 }
 
@@ -165,7 +107,7 @@ fn top_p_leaves_the_nucleus_in_proportion() {
 fn top_p_counts_mass_within_what_top_k_left() {
     let decoder = model("qwen2", 4);
     for (top_p, top_k) in [(0.8, 30), (0.9, 12)] {
-        assert_drawn_from(&decoder, &text(5, 4), &sampling(1.6, top_p, Some(top_k), 1));
+        assert_draws_follow(&decoder, &text(5, 4), &sampling(1.6, top_p, Some(top_k), 1));
     }
 }
 
@@ -175,12 +117,13 @@ fn successive_tokens_of_one_chain_are_independent_draws() {
     // batch, the second token of a chain would follow the first.
     let decoder = model("llama", 5);
     let prompt = text(6, 5);
-    let pairs = draws(&decoder, &prompt, &sampling(1.0, 1.0, None, 2));
-    let first = softmax(&decoder, &prompt, 1.0);
+    let plain = sampling(1.0, 1.0, None, 2);
+    let pairs = draws(&decoder, &prompt, &plain);
+    let first = distribution(&logits(&decoder, &prompt), &plain);
     let likeliest = (0..first.len()).max_by(|&a, &b| first[a].total_cmp(&first[b])).unwrap() as u32;
     let seconds: Vec<u32> = pairs.iter().filter(|pair| pair[0] == likeliest).map(|pair| pair[1]).collect();
     let longer = [prompt.as_slice(), &[likeliest]].concat();
-    let probs = softmax(&decoder, &longer, 1.0);
+    let probs = distribution(&logits(&decoder, &longer), &plain);
     let expected: f64 = seconds.len() as f64;
     assert!(expected > 500.0, "{expected} chains began with the likeliest token");
     // One cell for each half of the mass, in the order of ids: a binomial count.

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test binary uses some of it")]
 
+pub(crate) mod distribution;
+
 use std::path::Path;
 
 use agentfly_policy::model::{Attention, Decoder, ModelConfig};
