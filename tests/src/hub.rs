@@ -27,6 +27,8 @@ pub struct Faults {
     pub no_ranges: bool,
     /// Only who shows this token is told anything.
     pub token: Option<String>,
+    /// The next requests for listings end without an answer, or with this status.
+    pub listings: VecDeque<Option<&'static str>>,
 }
 
 /// One request.
@@ -38,6 +40,12 @@ pub struct Asked {
     pub range: Option<String>,
     /// `Authorization`, if given.
     pub authorization: Option<String>,
+}
+
+impl Asked {
+    fn is_listing(&self) -> bool {
+        self.path.starts_with("/api/models/")
+    }
 }
 
 #[derive(Debug, Default)]
@@ -101,6 +109,12 @@ impl FakeHub {
         locked(&self.state).asked.clone()
     }
 
+    /// How often a listing was asked for.
+    #[must_use]
+    pub fn listings(&self) -> usize {
+        self.asked().iter().filter(|asked| asked.is_listing()).count()
+    }
+
     /// Requests for the bytes of large files.
     #[must_use]
     pub fn transfers(&self) -> Vec<Asked> {
@@ -125,7 +139,7 @@ fn answer(connection: &TcpStream, port: u16, state: &Mutex<State>) -> std::io::R
     }
     let header = |name: &str| headers.get(name).cloned();
     let asked = Asked { path, range: header("range"), authorization: header("authorization") };
-    let reply = reply(&asked, port, state);
+    let Some(reply) = reply(&asked, port, state) else { return Ok(()) };
     let mut out = connection;
     write!(out, "HTTP/1.1 {}\r\nConnection: close\r\n", reply.status)?;
     for (name, value) in &reply.headers {
@@ -150,9 +164,19 @@ impl Reply {
     }
 }
 
-fn reply(asked: &Asked, port: u16, state: &Mutex<State>) -> Reply {
+/// What is answered, if anything.
+fn reply(asked: &Asked, port: u16, state: &Mutex<State>) -> Option<Reply> {
     let mut state = locked(state);
     state.asked.push(asked.clone());
+    if asked.is_listing()
+        && let Some(fault) = state.faults.listings.pop_front()
+    {
+        return fault.map(|status| Reply::of(status, ""));
+    }
+    Some(proper(asked, port, &mut state))
+}
+
+fn proper(asked: &Asked, port: u16, state: &mut State) -> Reply {
     let path = asked.path.split('?').next().unwrap_or_default();
     if let Some(sha256) = path.strip_prefix("/cdn/") {
         let found =

@@ -1,6 +1,7 @@
 //! A model by its hub name: fetched once, whole and verified, whatever the network does; and without one, a way out.
 #![allow(clippy::unwrap_used, reason = "a story that cannot go on fails here")]
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use agentfly_tests::cluster::{Playground, Ran};
 use agentfly_tests::hub::{COMMIT, FakeHub, git_blob};
 use agentfly_tests::job::settings;
 use agentfly_tests::tree::root;
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt as _;
 
@@ -234,6 +236,136 @@ fn without_a_network_the_copy_is_taken_or_a_way_to_get_one_is_told() {
 }
 
 #[test]
+fn a_listing_that_broke_is_asked_for_again() {
+    let scene = Scene::new();
+    scene.hub.faults(|faults| faults.listings.extend([None, Some("503 Service Unavailable"), None]));
+    assert_whole(&scene.fetch(5).unwrap());
+    assert_eq!(scene.hub.listings(), 4);
+
+    let scene = Scene::new();
+    scene.hub.faults(|faults| faults.listings.extend([None; 9]));
+    let told = scene.fetch(9).unwrap_err().to_string();
+    assert_says(&told, &["cannot be reached", "hf download acme/tiny"]);
+    assert_eq!(scene.hub.listings(), 4, "and not for ever");
+}
+
+#[test]
+fn a_hub_without_an_answer_for_now_leaves_the_copy_in_use() {
+    for fault in [Some("429 Too Many Requests"), Some("500 Oops"), Some("503 Service Unavailable"), None] {
+        let scene = Scene::new();
+        scene.hub.faults(|faults| faults.listings.extend([fault; 2]));
+        let none = fetch(scene.settings(0), "acme/tiny", Want::Everything).unwrap_err().to_string();
+        assert_says(&none, &[fault.map_or("cannot be reached", |_| "try again later")]);
+
+        scene.hub.faults(|faults| faults.listings.clear());
+        let folder = scene.fetch(0).unwrap();
+        let before = scene.hub.listings();
+        scene.hub.faults(|faults| faults.listings.extend([fault; 9]));
+        assert_eq!(scene.fetch(5).unwrap(), folder, "{fault:?}");
+        assert_eq!(scene.hub.listings(), before + 2, "one further try, for there is a copy");
+        // Half a copy is none.
+        std::fs::remove_file(folder.join("model.safetensors")).unwrap();
+        scene.fetch(5).unwrap_err();
+    }
+}
+
+#[test]
+fn a_last_word_of_the_hub_is_not_hidden_by_a_copy() {
+    let scene = Scene::new();
+    scene.fetch(0).unwrap();
+    for (status, said) in
+        [("401 Unauthorized", "no token was given"), ("404 Not Found", "check the spelling")]
+    {
+        scene.hub.faults(|faults| faults.listings.extend([Some(status)]));
+        assert_says(&scene.fetch(0).unwrap_err().to_string(), &[said]);
+    }
+}
+
+#[test]
+fn a_download_of_a_newer_commit_that_breaks_leaves_the_older_copy_in_use() {
+    let scene = Scene::new();
+    let new = scene.fetch(0).unwrap();
+    // What main meant before.
+    let (older, model) = ("a".repeat(40), scene.cache.path().join("models--acme--tiny"));
+    let old = new.with_file_name(&older);
+    std::fs::rename(&new, &old).unwrap();
+    std::fs::write(model.join("refs/main"), &older).unwrap();
+    scene.hub.edit("model.safetensors", |bytes| *bytes.last_mut().unwrap() ^= 1);
+    scene.hub.faults(|faults| faults.breaks.extend([7000, 7000]));
+    assert_eq!(scene.fetch(0).unwrap(), old);
+    let exact = fetch(scene.settings(0), &format!("acme/tiny@{COMMIT}"), Want::Everything);
+    assert_says(&exact.unwrap_err().to_string(), &["broke off at"]);
+    assert_eq!(scene.fetch(0).unwrap(), new, "and goes on to the newer one as soon as it can");
+}
+
+/// Runs `story` where nobody can write to the cache; root may write anywhere unless it gives that up.
+fn read_only<T: Send>(cache: &Path, story: impl FnOnce() -> T + Send) -> T {
+    let allow = |mode: u32| {
+        let mut all = vec![cache.to_owned()];
+        while let Some(path) = all.pop() {
+            std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+            if path.is_dir() {
+                let entries = std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path());
+                all.extend(entries.filter(|path| !path.is_symlink()));
+            }
+        }
+    };
+    allow(0o555);
+    let told = std::thread::scope(|scope| {
+        let without_rights = scope.spawn(|| {
+            let none = CapabilitySet::empty();
+            let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
+            set_capabilities(None, sets).unwrap();
+            assert!(std::fs::write(cache.join("probe"), "").is_err(), "it is not read-only");
+            story()
+        });
+        without_rights.join().unwrap()
+    });
+    allow(0o755);
+    told
+}
+
+#[test]
+fn a_whole_copy_in_a_read_only_cache_is_used_as_it_is() {
+    let scene = Scene::new();
+    let folder = scene.fetch(0).unwrap();
+    let model = scene.cache.path().join("models--acme--tiny");
+    // As another program left it: no lock of ours, and the branch was somewhere else.
+    std::fs::remove_file(model.join(".agentfly.lock")).unwrap();
+    std::fs::write(model.join("refs/main"), "b".repeat(40)).unwrap();
+    let transfers = scene.hub.transfers().len();
+    for want in [Want::Configuration, Want::Everything] {
+        let got = read_only(scene.cache.path(), || fetch(scene.settings(0), "acme/tiny", want));
+        assert_eq!(got.unwrap(), folder, "{want:?}");
+    }
+    assert_eq!(scene.hub.transfers().len(), transfers);
+    assert!(!model.join(".agentfly.lock").exists(), "nothing was written");
+    assert_eq!(std::fs::read_to_string(model.join("refs/main")).unwrap(), "b".repeat(40));
+    // Where it can, it keeps what the branch means now.
+    scene.fetch(0).unwrap();
+    assert_eq!(std::fs::read_to_string(model.join("refs/main")).unwrap(), COMMIT);
+}
+
+#[test]
+fn a_read_only_cache_that_lacks_something_is_named_with_the_way_out() {
+    let scene = Scene::new();
+    let cache = scene.cache.path().display().to_string();
+    let says = || {
+        let told = read_only(scene.cache.path(), || scene.fetch(0)).unwrap_err();
+        assert_says(
+            &told.to_string(),
+            &["not all of acme/tiny is in", &cache, "cannot write there", "HF_HOME"],
+        );
+    };
+    says();
+    let folder = scene.fetch(0).unwrap();
+    std::fs::remove_file(folder.join("model.safetensors")).unwrap();
+    let transfers = scene.hub.transfers().len();
+    says();
+    assert_eq!(scene.hub.transfers().len(), transfers, "and is not fetched");
+}
+
+#[test]
 fn a_model_that_cannot_be_computed_is_refused_before_its_weights_are_fetched() {
     let scene = Scene::new();
     scene.hub.edit("config.json", |text| {
@@ -282,6 +414,25 @@ async fn a_worker_scores_with_a_model_it_has_just_fetched() {
     assert_eq!(code, Some(0), "{stderr}");
     assert_says(&stdout, &["{\"logprobs\":[null,-"]);
     assert_says(&stderr, &["fetching acme/tiny"]);
+}
+
+#[tokio::test]
+async fn whoever_gets_the_copy_instead_is_told() {
+    let scene = Scene::new();
+    let folder = scene.fetch(0).unwrap();
+    scene.hub.faults(|faults| faults.listings.extend([Some("429 Too Many Requests"); 9]));
+    let playground = Playground::new().unwrap();
+    let mut command = playground.command("worker", &["score", "--model", "acme/tiny"]);
+    command
+        .env("HF_ENDPOINT", scene.hub.endpoint())
+        .env("HF_HUB_CACHE", scene.cache.path())
+        .stdin(Stdio::piped());
+    let mut worker = command.spawn().unwrap();
+    worker.stdin.take().unwrap().write_all(b"{\"ids\":[1,2,3]}\n").await.unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(60), worker.wait_with_output()).await.unwrap();
+    let Ran { code, stdout: _, stderr } = Ran::from(ended.unwrap());
+    assert_eq!(code, Some(0), "{stderr}");
+    assert_says(&stderr, &["taking the copy in the cache", "status 429", &folder.display().to_string()]);
 }
 
 #[tokio::test]

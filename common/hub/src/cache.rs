@@ -7,13 +7,15 @@
 //!   refs/<revision>                  the commit it last meant
 //! ```
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 
 use crate::error::HubError;
+use crate::fetch::length;
 use crate::hub::Want;
-use crate::listing::{INDEX, SINGLE, indexed_files};
+use crate::listing::{INDEX, RemoteFile, SINGLE, indexed_files};
 use crate::name::ModelName;
 use crate::verify::Checksum;
 
@@ -72,6 +74,12 @@ impl Cached {
         is_whole(&folder, want).then_some(folder)
     }
 
+    /// Whether a commit has these files, whole: what has a name here was verified before it got it.
+    pub(crate) fn holds(&self, commit: &str, files: &[RemoteFile]) -> bool {
+        let folder = self.snapshot(commit);
+        files.iter().all(|file| length(&folder.join(&file.name)) == Some(file.bytes))
+    }
+
     /// Gives a verified blob its name in a commit.
     pub(crate) fn link(&self, commit: &str, file: &str, checksum: &Checksum) -> Result<(), HubError> {
         let place = self.snapshot(commit).join(file);
@@ -94,6 +102,23 @@ impl Cached {
         let refs = self.root.join("refs");
         self.repo.create_ref(commit).map_err(|e| HubError::io("cannot write below", &refs, e))
     }
+
+    /// The same in a cache that may belong to someone else: who may write there keeps it.
+    pub(crate) fn remember_if_writable(&self, name: &ModelName, commit: &str) -> Result<(), HubError> {
+        let known = std::fs::read_to_string(self.root.join("refs").join(name.revision()));
+        if known.is_ok_and(|known| known == commit) {
+            return Ok(());
+        }
+        match self.remember(name, commit) {
+            Err(HubError::Io { source, .. }) if is_read_only(&source) => Ok(()),
+            remembered => remembered,
+        }
+    }
+}
+
+/// Whether writing failed because this user may not, or nobody.
+pub(crate) fn is_read_only(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem)
 }
 
 /// The repository in hf-hub's words.

@@ -156,6 +156,20 @@ pub enum HubError {
         /// How long it was waited for.
         seconds: u64,
     },
+    /// Something is missing in a cache that cannot be written.
+    #[error(
+        "not all of {name} is in {}, and this user cannot write there; let someone fetch it who can, or set HF_HOME to a \
+         folder of your own",
+        cache.display()
+    )]
+    ReadOnly {
+        /// The model.
+        name: String,
+        /// The cache.
+        cache: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
     /// The cache cannot be read or written.
     #[error("{action} {}; HF_HOME names the folder for downloaded models", path.display())]
     Io {
@@ -188,11 +202,12 @@ fn said(detail: &str) -> String {
 }
 
 fn later(status: u16) -> &'static str {
-    if status == 429 || status >= 500 {
-        "try again later"
-    } else {
-        "is HF_ENDPOINT a whole mirror of the hub?"
-    }
+    if is_passing(status) { "try again later" } else { "is HF_ENDPOINT a whole mirror of the hub?" }
+}
+
+/// Statuses of a hub that has no answer for now.
+fn is_passing(status: u16) -> bool {
+    status == 429 || status >= 500
 }
 
 impl HubError {
@@ -200,9 +215,18 @@ impl HubError {
     #[must_use]
     pub fn whose(&self) -> Whose {
         match self {
-            Self::Broken { .. } | Self::Checksum { .. } | Self::Locked { .. } => Whose::Outside,
-            Self::Status { status, .. } if *status == 429 || *status >= 500 => Whose::Outside,
+            Self::Checksum { .. } | Self::Locked { .. } => Whose::Outside,
+            passing if passing.is_passing() => Whose::Outside,
             _ => Whose::Operator,
+        }
+    }
+
+    /// Whether the hub, or the way to it, may do in a moment what it did not do now.
+    pub(crate) fn is_passing(&self) -> bool {
+        match self {
+            Self::Broken { .. } => true,
+            Self::Status { status, .. } => is_passing(*status),
+            _ => false,
         }
     }
 

@@ -8,17 +8,21 @@ use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use ureq::Body;
 use ureq::http::Response;
 
-use crate::cache::{Cached, repo_of};
+use crate::cache::{Cached, is_read_only, repo_of};
 use crate::error::HubError;
 use crate::fetch::{fetch, length};
 use crate::listing::{INDEX, Listing, RemoteFile, indexed_files};
-use crate::lock::lock;
+use crate::lock::{Lock, lock};
 use crate::meter::Meter;
 use crate::name::ModelName;
 use crate::settings::{HubSettings, Patience};
 
 /// Longest answer that is read as a listing.
 const MAX_LISTING_BYTES: u64 = 64 << 20;
+/// Further tries for a listing: each may take as long as it takes to find out that nobody is there.
+const LISTING_TRIES: usize = 3;
+/// The same where a copy can stand in.
+const LISTING_TRIES_WITH_COPY: usize = 1;
 /// Redirects that are followed.
 const MAX_REDIRECTS: u32 = 10;
 /// What a full disk should still have beyond the download.
@@ -46,7 +50,8 @@ impl Hub {
         Self { settings }
     }
 
-    /// The folder of a model, fetched as far as it is not in the cache. Without a network, the copy in the cache.
+    /// The folder of a model, fetched as far as it is not in the cache. While the hub cannot be reached, or has no
+    /// answer for now, the copy that its revision last meant stands in, with a warning.
     ///
     /// # Errors
     /// What was tried, how far it came, and what to do.
@@ -66,21 +71,24 @@ impl Hub {
             return copy.ok_or_else(|| not_here("HF_HUB_OFFLINE is set, so no hub was asked".to_owned()));
         }
         let session = Session::open(&self.settings, name)?;
-        let listing = match (session.listing(), copy) {
-            (Ok(listing), _) => listing,
-            (Err(Asking::Refused(error)), _) => return Err(error),
-            (Err(Asking::Unreachable(cause)), Some(copy)) => {
-                tracing::warn!(model = %name, cause, "the hub cannot be reached: taking the copy in the cache");
-                return Ok(copy);
+        let tries = if copy.is_some() { LISTING_TRIES_WITH_COPY } else { LISTING_TRIES };
+        let brought = session
+            .listing(tries)
+            .and_then(|listing| self.bring(&session, &cached, &listing, want).map_err(Asking::Refused));
+        match (brought, copy) {
+            (Ok(folder), _) => Ok(folder),
+            (Err(why), Some(copy)) if why.is_passing() => {
+                let at = copy.display();
+                tracing::warn!(model = %name, cause = %why, %at, "no model from the hub: taking the copy in the cache");
+                Ok(copy)
             }
-            (Err(Asking::Unreachable(cause)), None) => {
-                return Err(not_here(format!("{} cannot be reached ({cause})", self.settings.endpoint)));
-            }
-        };
-        self.bring(&session, &cached, &listing, want)
+            (Err(Asking::Refused(error)), _) => Err(error),
+            (Err(Asking::Unreachable(tried)), _) => Err(not_here(tried)),
+        }
     }
 
-    /// Fetches what is missing of a commit.
+    /// Fetches what is missing of a commit. Where nothing is, nothing has to be written: a cache that several share
+    /// may be read-only.
     fn bring(
         &self,
         session: &Session<'_>,
@@ -99,15 +107,9 @@ impl Hub {
                 return Err(unusable(format!("it has no {needed}: is it a model that transformers reads?")));
             }
         }
-        cached.make_folders(commit)?;
-        let fetched = || cached.fetched_bytes();
-        let _held = lock(&cached.lock_file(), &name.to_string(), self.settings.patience.lock, fetched)?;
         let folder = cached.snapshot(commit);
-        self.bring_files(session, cached, commit, &listing.small_files())?;
-        // Before gigabytes are fetched: can it be computed at all?
-        ModelConfig::from_dir(&folder)
-            .map_err(|source| HubError::Unsupported { name: name.to_string(), source: Box::new(source) })?;
-        if want == Want::Everything {
+        let small = listing.small_files();
+        let weights = || {
             let indexed = match listing.has(INDEX) {
                 true => {
                     let path = folder.join(INDEX);
@@ -117,11 +119,42 @@ impl Hub {
                 }
                 false => None,
             };
-            let weights = listing.weights(indexed.as_deref()).map_err(unusable)?;
-            self.bring_files(session, cached, commit, &weights)?;
+            listing.weights(indexed.as_deref()).map_err(unusable)
+        };
+        let understood = || {
+            let problem = |source| HubError::Unsupported { name: name.to_string(), source: Box::new(source) };
+            ModelConfig::from_dir(&folder).map(|_| ()).map_err(problem)
+        };
+        if cached.holds(commit, &small) {
+            understood()?;
+            if want == Want::Configuration || cached.holds(commit, &weights()?) {
+                cached.remember_if_writable(name, commit)?;
+                return Ok(folder);
+            }
+        }
+        let _held = self.open(cached, name, commit)?;
+        self.bring_files(session, cached, commit, &small)?;
+        // Before gigabytes are fetched: can it be computed at all?
+        understood()?;
+        if want == Want::Everything {
+            self.bring_files(session, cached, commit, &weights()?)?;
         }
         cached.remember(name, commit)?;
         Ok(folder)
+    }
+
+    /// Opens a model's place in the cache for writing, for this process alone.
+    fn open(&self, cached: &Cached, name: &ModelName, commit: &str) -> Result<Lock, HubError> {
+        let opened = cached.make_folders(commit).and_then(|()| {
+            let fetched = || cached.fetched_bytes();
+            lock(&cached.lock_file(), &name.to_string(), self.settings.patience.lock, fetched)
+        });
+        opened.map_err(|error| match error {
+            HubError::Io { source, .. } if is_read_only(&source) => {
+                HubError::ReadOnly { name: name.to_string(), cache: self.settings.cache.clone(), source }
+            }
+            other => other,
+        })
     }
 
     fn bring_files(
@@ -165,12 +198,25 @@ impl Hub {
     }
 }
 
-/// Why there is no listing.
+/// Why there is no model from the hub.
+#[derive(Debug, thiserror::Error)]
 enum Asking {
-    /// Nobody answered.
+    /// Nobody answered: who was asked, and what happened.
+    #[error("{0}")]
     Unreachable(String),
     /// The hub answered, and said no.
+    #[error(transparent)]
     Refused(HubError),
+}
+
+impl Asking {
+    /// Whether it may be different in a moment.
+    fn is_passing(&self) -> bool {
+        match self {
+            Self::Unreachable(_) => true,
+            Self::Refused(error) => error.is_passing(),
+        }
+    }
 }
 
 /// Requests about one model, with hf-hub's client: its headers, and the token for the hub's own host.
@@ -233,24 +279,33 @@ impl<'a> Session<'a> {
             .call()
     }
 
-    /// The repository at the revision asked for.
-    fn listing(&self) -> Result<Listing, Asking> {
+    /// The repository at the revision asked for; a try that broke is made again up to `tries` times.
+    fn listing(&self, tries: usize) -> Result<Listing, Asking> {
         let revision = self.name.revision().replace('/', "%2F");
         let (endpoint, repository) = (self.endpoint(), &self.name.repository);
         let url = format!("{endpoint}/api/models/{repository}/revision/{revision}?blobs=true");
+        let away = |error: ureq::Error| {
+            Asking::Unreachable(format!("{endpoint} cannot be reached ({})", plain(&error)))
+        };
         let attempt = || {
-            let answer = self.get(&url, None).map_err(|error| Asking::Unreachable(plain(&error)))?;
+            let answer = self.get(&url, None).map_err(away)?;
             if !answer.status().is_success() {
                 return Err(Asking::Refused(self.refusal(&url, answer)));
             }
             let text = answer.into_body().into_with_config().limit(MAX_LISTING_BYTES).read_to_string();
-            text.map_err(|error| Asking::Unreachable(plain(&error)))
+            text.map_err(away)
         };
-        let passing = |error: &Asking| matches!(error, Asking::Refused(HubError::Status { status, .. }) if *status == 429 || *status >= 500);
         let delays = ExponentialBuilder::default()
+            .with_jitter()
             .with_min_delay(self.patience().pause)
-            .with_max_times(self.patience().tries.min(3));
-        let text = attempt.retry(delays).when(passing).call()?;
+            .with_max_times(self.patience().tries.min(tries));
+        let text = attempt
+            .retry(delays)
+            .when(Asking::is_passing)
+            .notify(|cause, delay| {
+                tracing::warn!(model = %self.name, %cause, ?delay, "asking the hub failed; asking again");
+            })
+            .call()?;
         Listing::read(&text).map_err(|reason| {
             let (name, endpoint) = (self.name.to_string(), endpoint.to_owned());
             Asking::Refused(HubError::Listing { name, endpoint, reason })

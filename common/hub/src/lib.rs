@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! org/name@rev ─▶ listing (files, sizes, checksums, commit) ─▶ small files ─▶ config.json understood? ─▶ weights
-//!                   │ no network                                 each: resume, verify, rename, link
+//!                   │ no network, or the hub is overloaded       each: resume, verify, rename, link
 //!                   └─▶ the newest whole copy in the cache, else what to do about it
 //! ```
 //!
