@@ -377,6 +377,43 @@ mod tests {
         assert_eq!(summed.len(), 5, "{summed:?}");
     }
 
+    /// How many spans rounds of the device become that last so long each and begin so far after another.
+    fn pieces(rounds: u64, micros: u64, every: u64) -> usize {
+        let mut state = State::default();
+        for round in 0..rounds {
+            let fields = [("steps".to_owned(), FieldValue::Number(1.0))].into();
+            let (name, lane) = ("decode".to_owned(), "device".to_owned());
+            state.end(Span { name, lane, start_micros: round * every, micros, fields }, None);
+        }
+        let steps = |span: &Span| match span.fields["steps"] {
+            FieldValue::Number(steps) => steps as u64,
+            FieldValue::Text(_) => 0,
+        };
+        assert_eq!(state.gathered.spans.iter().map(steps).sum::<u64>(), rounds, "none is lost");
+        state.gathered.spans.len()
+    }
+
+    #[test]
+    fn a_pause_or_a_second_ends_a_piece_of_rounds() {
+        assert_eq!(pieces(8, 20_000, 25_000), 1, "5 ms are no pause");
+        assert_eq!(pieces(8, 20_000, 25_001), 8, "more are");
+        assert_eq!(pieces(12, 250_000, 250_000), 3, "and no piece is longer than a second");
+    }
+
+    #[test]
+    fn nothing_gathers_once_nobody_will_take_it() {
+        let spans = Spans::default();
+        let filter = tracing_subscriber::filter::filter_fn(Spans::wants);
+        let subscriber = tracing_subscriber::registry().with(spans.clone().with_filter(filter));
+        subscriber::with_default(subscriber, || {
+            let work = || info_span!(target: TRACE, "x", lane = "rank").in_scope(|| ());
+            work();
+            spans.stop();
+            work();
+        });
+        assert_eq!(spans.take(), Gathered::default());
+    }
+
     #[test]
     fn what_is_too_much_is_counted() {
         let (gathered, ()) = gathering(|| {

@@ -105,3 +105,68 @@ impl Ranks {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+    use std::time::Duration;
+
+    use agentfly_c10d::Store;
+
+    use super::*;
+
+    /// Runs `story` on each of three ranks.
+    fn on_three<T: Send + 'static>(story: fn(Ranks) -> T) -> Vec<T> {
+        let deadline = Duration::from_secs(20);
+        let (_server, port) = Store::serve("127.0.0.1", 0, deadline).unwrap();
+        let rank = |rank| {
+            thread::spawn(move || {
+                let store = Store::connect("127.0.0.1", port, deadline).unwrap();
+                let group = Group::gloo(&store, rank, 3, "127.0.0.1", deadline).unwrap();
+                story(Ranks::new(Some(group), Device::Cpu))
+            })
+        };
+        let threads: Vec<_> = (0..3).map(rank).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    }
+
+    #[test]
+    fn a_share_of_several_parts_is_the_sum_of_all_ranks() {
+        // Element i of rank r is (r + 1) · (i mod 1021 + 1): another number in each part and share.
+        let off = on_three(|ranks| {
+            let share = 2 * PART + 77;
+            let numbers = Tensor::arange(3 * share, (Kind::Float, Device::Cpu)).remainder(1021.0) + 1.0;
+            let whole = &numbers * (ranks.index() as f64 + 1.0);
+            ranks.sum_to_shares(&whole, share).unwrap();
+            let own = |tensor: &Tensor| tensor.narrow(0, ranks.index() as i64 * share, share);
+            (own(&whole) - own(&numbers) * 6.0).abs().max().double_value(&[])
+        });
+        assert_eq!(off, [0.0; 3]);
+    }
+
+    #[test]
+    fn each_share_comes_from_its_owner_whatever_its_length() {
+        let told = on_three(|ranks| {
+            let shares: Vec<Tensor> = [5, 3, 0]
+                .map(|len| Tensor::full([len], ranks.index() as f64 + 1.0, (Kind::Float, Device::Cpu)))
+                .into();
+            ranks.gather(&shares).unwrap();
+            shares.iter().map(|share| Vec::<f32>::try_from(share).unwrap()).collect::<Vec<_>>()
+        });
+        for of_rank in told {
+            assert_eq!(of_rank, [vec![1.0; 5], vec![2.0; 3], vec![]]);
+        }
+    }
+
+    #[test]
+    fn numbers_are_summed_compared_and_taken_from_the_first() {
+        let told = on_three(|ranks| {
+            let own = ranks.index() as f64;
+            let (mut sums, mut maxima) = ([own, -own], [own, -own]);
+            ranks.sums(&mut sums).unwrap();
+            ranks.maxima(&mut maxima).unwrap();
+            (sums, maxima, ranks.first(own + 0.25).unwrap(), ranks.count())
+        });
+        assert_eq!(told, [([3.0, -3.0], [2.0, 0.0], 0.25, 3); 3]);
+    }
+}
