@@ -367,11 +367,14 @@ fn a_rank_that_fails_half_way_frees_its_peers_long_before_their_deadline() {
                     // Not the model that its gradients belong to.
                     decoder = drawn(ModelConfig { intermediate: 96, ..shape() }, Kind::Float);
                 }
-                learner.train(&mut decoder, &shard).unwrap_err()
+                let error = learner.train(&mut decoder, &shard).unwrap_err();
+                // It lives on: it is not its end that frees the others.
+                (error, learner)
             })
         })
         .collect();
-    let errors: Vec<LearnerError> = threads.into_iter().map(|t| t.join().unwrap()).collect();
+    let (errors, _learners): (Vec<LearnerError>, Vec<Learner>) =
+        threads.into_iter().map(|t| t.join().unwrap()).unzip();
     assert!(!matches!(errors[1], LearnerError::Collective(_)), "{}", errors[1]);
     let lost = |e: &LearnerError| matches!(e, LearnerError::Collective(e) if e.kind == ErrorKind::Network);
     assert!(lost(&errors[0]), "{}", errors[0]);
