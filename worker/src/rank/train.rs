@@ -102,6 +102,8 @@ mod tests {
     use std::cell::Cell;
     use std::time::Duration;
 
+    use agentfly_common::error::Whose;
+
     use super::*;
 
     /// Fails with this code until the last try that is allowed; the tries it took, and whether it came through.
