@@ -235,13 +235,28 @@ const at::Tensor& Linear::packed() {
   return packed_;
 }
 
+// Each map writes its own columns: weights side by side would be a copy of most of the model at every call.
+at::Tensor Linear::plain(const at::Tensor& x) const {
+  if (weights.size() == 1) return at::linear(x, weights[0], biases.empty() ? at::Tensor() : biases[0]);
+  at::Tensor y = at::empty({x.size(0), outputs}, x.options());
+  int64_t column = 0;
+  for (size_t i = 0; i < weights.size(); i++) {
+    at::Tensor part = y.narrow(1, column, weights[i].size(0));
+    if (biases.empty()) {
+      at::mm_out(part, x, weights[i].t());
+    } else {
+      at::addmm_out(part, biases[i], x, weights[i].t());
+    }
+    column += part.size(1);
+  }
+  return y;
+}
+
 at::Tensor Linear::forward(const at::Tensor& input, bool wide) {
   at::NoGradGuard no_grad;
   const bool pairs = input.scalar_type() != at::kBFloat16 || inputs % 2 == 0;
   if (!has_gemm(input) || !pairs) {
-    const at::Tensor weight = weights.size() == 1 ? weights[0] : at::cat(weights);
-    const at::Tensor bias = biases.empty() ? at::Tensor() : biases.size() == 1 ? biases[0] : at::cat(biases);
-    const at::Tensor y = at::linear(input, weight, bias);
+    const at::Tensor y = plain(input);
     return wide ? y.to(at::kFloat) : y;
   }
   const at::Tensor x = input.contiguous();

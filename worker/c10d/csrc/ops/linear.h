@@ -25,6 +25,8 @@ struct Linear {
   void check() const;
 
  private:
+  // By libtorch's products, in x's kind: on GPUs, and where the micro-kernel does not run.
+  at::Tensor plain(const at::Tensor& x) const;
   const at::Tensor& packed();
   at::Tensor packed_;
   std::vector<int64_t> packed_versions_;

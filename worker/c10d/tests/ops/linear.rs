@@ -93,6 +93,28 @@ fn a_map_and_its_gradients_are_libtorchs() {
     }
 }
 
+/// As on a GPU: there is no kernel for f64 either.
+#[test]
+fn a_map_without_a_kernel_is_libtorchs_too() {
+    for case in CASES {
+        for biased in [false, true] {
+            let (x, weights, biases, g) = inputs((case.0, case.1, case.2, biased), Kind::Double);
+            let truth = by_libtorch(&x, &weights, &biases, &g, Kind::Double);
+            let ours = Ours::new(&weights, &biases);
+            let input = leaf(&x, Kind::Double);
+            let y = ours.map.apply(&input).unwrap();
+            ops::backward(&y, &g).unwrap();
+            let wide = ours.map.apply_wide(&x).unwrap();
+            assert_eq!((y.kind(), wide.kind()), (Kind::Double, Kind::Float));
+            assert!(y.is_contiguous());
+            assert_same_bits(&format!("{case:?} wide"), &wide, &y.detach().to_kind(Kind::Float));
+            for (i, tensor) in [y, input.grad()].iter().chain(ours.gradients()).enumerate() {
+                assert_true(&format!("{case:?} biased: {biased} part {i}"), tensor, &truth[i], &truth[i]);
+            }
+        }
+    }
+}
+
 #[test]
 fn a_wide_result_has_its_way_back_too() {
     let case: Case = (&[40, 30], 48, 70, true);
