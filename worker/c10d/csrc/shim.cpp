@@ -63,9 +63,7 @@ at::Tensor& as_tensor(void* tensor) { return *reinterpret_cast<at::Tensor*>(tens
 c10d::ReduceOp as_reduce_op(int op) {
   switch (op) {
     case 0: return c10d::ReduceOp::SUM;
-    case 1: return c10d::ReduceOp::AVG;
-    case 2: return c10d::ReduceOp::MIN;
-    case 3: return c10d::ReduceOp::MAX;
+    case 1: return c10d::ReduceOp::MAX;
     default: TORCH_CHECK(false, "no reduce operation has the number ", op);
   }
 }
@@ -164,10 +162,6 @@ int af_group_nccl(AfStore*, int, int, int, int64_t, AfGroup**) {
 }
 #endif
 
-int af_group_abort(AfGroup* group) {
-  return guarded([&] { group->backend->abort(); });
-}
-
 void af_group_drop(AfGroup* group) {
   guarded([&] { delete group; });
 }
@@ -217,14 +211,6 @@ int af_recv(AfGroup* group, void* tensor, int source, int tag, AfWork** out) {
   return submit(out, [&] {
     std::vector<at::Tensor> tensors{changed(as_tensor(tensor))};
     return group->backend->recv(tensors, source, tag);
-  });
-}
-
-int af_barrier(AfGroup* group, int64_t timeout_ms, AfWork** out) {
-  return submit(out, [&] {
-    c10d::BarrierOptions options;
-    options.timeout = milliseconds(timeout_ms);
-    return group->backend->barrier(options);
   });
 }
 

@@ -37,7 +37,6 @@ void af_bytes_drop(uint8_t* bytes);
 
 int af_group_gloo(AfStore* store, int rank, int size, const char* bind_host, int64_t timeout_ms, AfGroup** out);
 int af_group_nccl(AfStore* store, int rank, int size, int device, int64_t timeout_ms, AfGroup** out);
-int af_group_abort(AfGroup* group);
 void af_group_drop(AfGroup* group);
 
 int af_all_reduce(AfGroup* group, void* tensor, int op, AfWork** out);
@@ -46,7 +45,6 @@ int af_all_gather(AfGroup* group, void* output, void* input, AfWork** out);
 int af_reduce_scatter(AfGroup* group, void* output, void* input, int op, AfWork** out);
 int af_send(AfGroup* group, void* tensor, int destination, int tag, AfWork** out);
 int af_recv(AfGroup* group, void* tensor, int source, int tag, AfWork** out);
-int af_barrier(AfGroup* group, int64_t timeout_ms, AfWork** out);
 int af_work_wait(AfWork* work, int64_t timeout_ms);
 void af_work_drop(AfWork* work);
 

@@ -59,7 +59,6 @@ unsafe extern "C" {
         timeout_ms: i64,
         out: *mut *mut RawGroup,
     ) -> c_int;
-    pub(crate) fn af_group_abort(group: *mut RawGroup) -> c_int;
     pub(crate) fn af_group_drop(group: *mut RawGroup);
 
     pub(crate) fn af_all_reduce(
@@ -101,7 +100,6 @@ unsafe extern "C" {
         tag: c_int,
         out: *mut *mut RawWork,
     ) -> c_int;
-    pub(crate) fn af_barrier(group: *mut RawGroup, timeout_ms: i64, out: *mut *mut RawWork) -> c_int;
     pub(crate) fn af_work_wait(work: *mut RawWork, timeout_ms: i64) -> c_int;
     pub(crate) fn af_work_drop(work: *mut RawWork);
 

@@ -21,12 +21,8 @@ const GRACE: Duration = Duration::from_secs(2);
 pub enum ReduceOp {
     /// Their sum.
     Sum = 0,
-    /// Their mean.
-    Avg = 1,
-    /// The smallest.
-    Min = 2,
     /// The largest.
-    Max = 3,
+    Max = 1,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -180,44 +176,12 @@ impl Group {
         )
     }
 
-    /// Sends `tensor` to rank `destination`, which must receive one of the same size under the same tag.
-    ///
-    /// # Errors
-    /// As [`Group::all_reduce`], and on a destination outside the group or this rank itself.
-    pub fn send(&self, tensor: &Tensor, destination: usize, tag: i32) -> Result<()> {
-        let c_destination = self.other(destination, "send to")?;
-        self.run(
-            |out| {
-                // SAFETY: group and tensor are live; `run` has checked the tensor's memory.
-                unsafe { ffi::af_send(self.raw, pointer(tensor), c_destination, tag, out) }
-            },
-            &[tensor],
-            || format!("send to rank {destination} (tag {tag})"),
-        )
-    }
-
-    /// Fills `tensor` with what rank `source` sends under the same tag.
-    ///
-    /// # Errors
-    /// As [`Group::send`].
-    pub fn recv(&self, tensor: &mut Tensor, source: usize, tag: i32) -> Result<()> {
-        let c_source = self.other(source, "receive from")?;
-        self.run(
-            |out| {
-                // SAFETY: group and tensor are live; `run` has checked the tensor's memory.
-                unsafe { ffi::af_recv(self.raw, pointer(tensor), c_source, tag, out) }
-            },
-            &[tensor],
-            || format!("receive from rank {source} (tag {tag})"),
-        )
-    }
-
     /// Sends `outgoing` to rank `to` while `incoming` is filled with what rank `from` sends, both under `tag`: the
     /// two directions of a connection at the same time. A round in which every rank calls this with its own
     /// neighbours cannot lock up.
     ///
     /// # Errors
-    /// As [`Group::send`].
+    /// As [`Group::all_reduce`], and on a rank outside the group or this one itself.
     pub fn exchange(
         &self,
         outgoing: &Tensor,
@@ -246,32 +210,6 @@ impl Group {
         sent.and(received)
     }
 
-    /// Returns when every rank has called it.
-    ///
-    /// # Errors
-    /// When a peer is late or lost.
-    pub fn barrier(&self) -> Result<()> {
-        let timeout = milliseconds(self.timeout);
-        self.run(
-            |out| {
-                // SAFETY: the group is live.
-                unsafe { ffi::af_barrier(self.raw, timeout, out) }
-            },
-            &[],
-            || "barrier".to_owned(),
-        )
-    }
-
-    /// Ends collectives that are stuck, where the backend can (NCCL; Gloo ends them only by its deadline or by
-    /// closed connections).
-    ///
-    /// # Errors
-    /// What the backend says.
-    pub fn abort(&self) -> Result<()> {
-        // SAFETY: the group is live.
-        check(unsafe { ffi::af_group_abort(self.raw) }, || self.describe("abort"))
-    }
-
     /// Checks the tensors' memory, starts the collective and awaits it.
     fn run(
         &self,
@@ -279,10 +217,9 @@ impl Group {
         tensors: &[&Tensor],
         operation: impl Fn() -> String,
     ) -> Result<()> {
-        let describe = || match tensors.first() {
-            Some(t) => self.describe(&format!("{} of {:?} {:?}", operation(), t.size(), t.f_kind())),
-            None => self.describe(&operation()),
-        };
+        let of = |t: &&Tensor| format!(" of {:?} {:?}", t.size(), t.f_kind());
+        let describe =
+            || self.describe(&format!("{}{}", operation(), tensors.first().map(of).unwrap_or_default()));
         for tensor in tensors {
             self.fits(tensor).map_err(|text| Error::invalid(describe(), text))?;
         }

@@ -32,15 +32,13 @@ pub struct PolicyTerms {
 /// Log-ratios are cut off here: e²⁰ is far outside every trust region, and finite.
 const MAX_LOG_RATIO: f64 = 20.0;
 
-/// verl's `compute_policy_loss_vanilla`, before aggregation. `weights` multiply the loss (importance weights of
-/// a rollout correction, detached).
+/// verl's `compute_policy_loss_vanilla`, before aggregation.
 #[must_use]
 pub fn ppo_clip(
     log_prob: &Tensor,
     old_log_prob: &Tensor,
     advantages: &Tensor,
     clip: ClipRange,
-    weights: Option<&Tensor>,
 ) -> PolicyTerms {
     let kind = log_prob.kind();
     let log_ratio = (log_prob - old_log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO);
@@ -53,10 +51,5 @@ pub fn ppo_clip(
     let loss = pessimistic.minimum(&bound).where_self(&negative, &pessimistic);
     let clipped = clipped_surrogate.gt_tensor(&surrogate).to_kind(kind);
     let clipped_lower = pessimistic.gt_tensor(&bound).logical_and(&negative).to_kind(kind);
-    PolicyTerms {
-        loss: weights.map_or_else(|| loss.shallow_clone(), |w| &loss * w),
-        clipped,
-        clipped_lower,
-        kl: -log_ratio.detach(),
-    }
+    PolicyTerms { loss, clipped, clipped_lower, kl: -log_ratio.detach() }
 }

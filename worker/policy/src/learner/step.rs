@@ -257,7 +257,7 @@ impl Learner {
                     terms.log_prob.f_detach()?
                 }
             };
-            let policy = ppo_clip(terms.log_prob, &old, &advantages, config.clip(), None);
+            let policy = ppo_clip(terms.log_prob, &old, &advantages, config.clip());
             let pg_loss = (&policy.loss * &weights).sum(Kind::Float);
             let entropy = (terms.entropy * &weights).sum(Kind::Float);
             let mut loss = pg_loss.shallow_clone();

@@ -80,12 +80,6 @@ impl Parameters {
         self.named.iter().find(|(n, _)| n == name).map(|(_, tensor)| tensor)
     }
 
-    /// The tensors in order, sharing storage with the model.
-    #[must_use]
-    pub fn tensors(&self) -> Vec<Tensor> {
-        self.named.iter().map(|(_, tensor)| tensor.shallow_clone()).collect()
-    }
-
     /// Number of tensors.
     #[must_use]
     pub fn len(&self) -> usize {
