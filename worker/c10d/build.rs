@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Below `csrc/`.
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 10] = [
     "shim",
+    "graph",
     "ops",
     "ops/linear",
     "ops/few_rows",

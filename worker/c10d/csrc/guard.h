@@ -10,6 +10,8 @@ namespace af {
 
 // Keeps the text for af_last_error() and returns the code that fits it.
 int fail(const std::string& text, int otherwise);
+// The same for what this build cannot do: AF_UNSUPPORTED.
+int unsupported(const std::string& text);
 
 template <class F>
 int guarded(F&& body) noexcept {

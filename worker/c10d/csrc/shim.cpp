@@ -54,6 +54,11 @@ int af::fail(const std::string& text, int otherwise) {
   return classify(text, otherwise);
 }
 
+int af::unsupported(const std::string& text) {
+  last_error = text;
+  return AF_UNSUPPORTED;
+}
+
 namespace {
 
 using af::guarded;
@@ -157,8 +162,7 @@ int af_group_nccl(AfStore* store, int rank, int size, int device, int64_t timeou
 }
 #else
 int af_group_nccl(AfStore*, int, int, int, int64_t, AfGroup**) {
-  last_error = "this program was built without NCCL";
-  return AF_UNSUPPORTED;
+  return af::unsupported("this program was built without NCCL");
 }
 #endif
 
@@ -244,13 +248,21 @@ int af_float32_matmul_precision(const char* precision) {
   return guarded([&] { at::globalContext().setFloat32MatmulPrecision(std::string(precision)); });
 }
 
-// libtorch keeps the pinned memory until the copy has been made.
+// libtorch keeps pinned memory until the copy out of it has been made.
 int af_upload(void* host, int device, void** out) {
   return guarded([&] {
     const at::Device gpu(at::kCUDA, static_cast<c10::DeviceIndex>(device));
     TORCH_CHECK(static_cast<size_t>(device) < at::getNumGPUs(), "there is no such GPU");
     const at::Tensor& from = as_tensor(host);
     *out = new at::Tensor(from.numel() == 0 ? at::empty_like(from, gpu) : from.pin_memory().to(gpu, /*non_blocking=*/true));
+  });
+}
+
+int af_upload_into(void* host, void* to) {
+  return guarded([&] {
+    const at::NoGradGuard no_grad;
+    const at::Tensor &from = as_tensor(host), &tensor = as_tensor(to);
+    if (from.numel() != 0) tensor.copy_(tensor.is_cpu() ? from : from.pin_memory(), /*non_blocking=*/true);
   });
 }
 

@@ -1,5 +1,5 @@
 // The C face of what this crate needs from libtorch and tch does not bind: c10d's stores and process
-// groups, the fused AdamW kernel, copies to GPUs, and the float32 matrix-product precision.
+// groups, the fused AdamW kernel, copies to GPUs, CUDA graphs, and the float32 matrix-product precision.
 //
 // Every function that returns int gives AF_OK, or a code whose text af_last_error() holds for the calling
 // thread. No C++ exception leaves this file. Tensors are `torch::Tensor*`, which is tch's `*mut C_tensor`.
@@ -24,6 +24,7 @@ enum {
 typedef struct AfStore AfStore;
 typedef struct AfGroup AfGroup;
 typedef struct AfWork AfWork;
+typedef struct AfGraph AfGraph;
 
 const char* af_last_error(void);
 
@@ -52,6 +53,14 @@ int af_fused_adamw(void** params, void** grads, void** exp_avgs, void** exp_avg_
                    double lr, double beta1, double beta2, double weight_decay, double eps, void* grad_scale);
 int af_float32_matmul_precision(const char* precision);
 int af_upload(void* host, int device, void** out);  // a new tensor on that GPU; the copy is under way
+int af_upload_into(void* host, void* to);           // the same into a tensor of that size and kind
+
+// Between begin and end, work that this thread gives to the GPU is recorded, not run. An end that fails leaves nothing
+// to replay. `beside`: NULL, or a graph whose memory the new one may use, too.
+int af_graph_begin(int device, AfGraph* beside, AfGraph** out);
+int af_graph_end(AfGraph* graph);
+int af_graph_replay(AfGraph* graph);  // on the current stream
+void af_graph_drop(AfGraph* graph);   // ends a recording that is under way
 
 #ifdef __cplusplus
 }

@@ -10,6 +10,8 @@ pub(crate) enum RawStore {}
 pub(crate) enum RawGroup {}
 /// Opaque: a collective under way.
 pub(crate) enum RawWork {}
+/// Opaque: a CUDA graph, recorded or under way.
+pub(crate) enum RawGraph {}
 
 unsafe extern "C" {
     pub(crate) fn af_last_error() -> *const c_char;
@@ -119,4 +121,10 @@ unsafe extern "C" {
     ) -> c_int;
     pub(crate) fn af_float32_matmul_precision(precision: *const c_char) -> c_int;
     pub(crate) fn af_upload(host: *mut c_void, device: c_int, out: *mut *mut c_void) -> c_int;
+    pub(crate) fn af_upload_into(host: *mut c_void, to: *mut c_void) -> c_int;
+
+    pub(crate) fn af_graph_begin(device: c_int, beside: *mut RawGraph, out: *mut *mut RawGraph) -> c_int;
+    pub(crate) fn af_graph_end(graph: *mut RawGraph) -> c_int;
+    pub(crate) fn af_graph_replay(graph: *mut RawGraph) -> c_int;
+    pub(crate) fn af_graph_drop(graph: *mut RawGraph);
 }

@@ -1,6 +1,6 @@
 //! What libtorch has and tch does not bind, behind one small C++ shim: c10d's collectives (Gloo on CPU, NCCL on
 //! CUDA with feature `nccl`), its TCP store for rendezvous, the fused AdamW kernel, where gradients gather,
-//! copies to GPUs that nobody waits for, and the float32 matrix-product precision. It is the engine PyTorch itself
+//! copies to GPUs that nobody waits for, CUDA graphs, and the float32 matrix-product precision. It is the engine PyTorch itself
 //! uses.
 //!
 //! The learner calls the collectives and the optimizer kernel; the worker's session opens stores and groups.
@@ -14,6 +14,7 @@
 mod error;
 mod exit;
 mod ffi;
+mod graph;
 mod group;
 pub mod ops;
 mod optim;
@@ -24,11 +25,12 @@ mod work;
 
 pub use error::{Error, ErrorKind};
 pub use exit::exit_at_once;
+pub use graph::CudaGraph;
 pub use group::{Group, ReduceOp, has_nccl};
 pub use optim::{AdamWHyper, AdamWState, fused_adamw};
 pub use precision::{Float32MatmulPrecision, set_float32_matmul_precision};
 pub use store::Store;
-pub use transfer::upload;
+pub use transfer::{upload, upload_into};
 
 /// The libtorch that this was compiled against, `MAJOR.MINOR.PATCH`.
 pub const LIBTORCH_VERSION: &str = env!("LIBTORCH_VERSION");

@@ -10,6 +10,7 @@
 
 mod attention;
 mod ffi;
+mod fixed;
 mod linear;
 mod paged;
 mod pointwise;
@@ -21,6 +22,7 @@ use std::ffi::c_void;
 use tch::{Device, Kind, Tensor};
 
 pub use attention::{Heads, PAGE_TOKENS, attention, page_numbers};
+pub use fixed::{FixedStep, StepShape};
 pub use linear::Linear;
 pub use paged::{PagedStep, paged_attention};
 pub use pointwise::{rms_norm, rope, swiglu};

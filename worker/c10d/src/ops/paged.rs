@@ -2,56 +2,57 @@
 //! operator that each layer calls with it.
 //!
 //! What must stay true: a [`PagedStep`] is only made of places inside the cache that no two chains write to, and cannot
-//! be changed; so kernels take it on trust, and no layer looks at it again or waits for a copy.
+//! be changed but by a [`super::FixedStep`], which checks the same; so kernels take it on trust, and no layer looks at it
+//! again or waits for a copy.
 
 use tch::{Device, Tensor};
 
 use super::attention::{Heads, PAGE_TOKENS, page_numbers, sequences};
 use super::{expect, ffi, is, one, shown, size};
 use crate::group::pointer;
-use crate::{Error, Result, upload};
+use crate::{Error, Result, upload, upload_into};
 
 /// Where chains continue: what their tokens write to and read from.
 #[derive(Debug)]
 pub struct PagedStep {
-    rows: i64,
-    pages: i64,
-    device: Device,
-    host: HostStep,
-    places: Places,
+    pub(super) rows: i64,
+    pub(super) pages: i64,
+    pub(super) device: Device,
+    pub(super) host: HostStep,
+    pub(super) places: Places,
 }
 
 /// As the CPU's kernels read it; i64 on the CPU.
 #[derive(Debug)]
-struct HostStep {
+pub(super) struct HostStep {
     /// `[S + 1]`.
-    starts: Tensor,
+    pub(super) starts: Tensor,
     /// `[S]`.
-    lengths: Tensor,
+    pub(super) lengths: Tensor,
     /// `[S, P]`; what a chain does not need is its first page.
-    table: Tensor,
+    pub(super) table: Tensor,
 }
 
 /// As libtorch's operators read it, on the device of the cache. S chains, n new tokens.
 #[derive(Debug)]
-struct Places {
+pub(super) struct Places {
     /// `[n]` i64: the page that each new token is written to.
-    page_of: Tensor,
+    pub(super) page_of: Tensor,
     /// `[n]` i64: its place in that page.
-    place_of: Tensor,
+    pub(super) place_of: Tensor,
     /// `[S · P]` i64: the table, above.
-    own: Tensor,
+    pub(super) own: Tensor,
     /// `[S]` i64: cached tokens.
-    seen: Tensor,
+    pub(super) seen: Tensor,
     /// `[G]` i64: the pages that each chain needs, one chain after another.
-    held: Tensor,
+    pub(super) held: Tensor,
     /// For FlashAttention, `[S + 1]` i32: starts; where each chain's tokens start in `held`; `[S]` i32: cached tokens.
-    flash_starts: Tensor,
-    flash_held: Tensor,
-    flash_lengths: Tensor,
+    pub(super) flash_starts: Tensor,
+    pub(super) flash_held: Tensor,
+    pub(super) flash_lengths: Tensor,
     /// The most new tokens of a chain, and the most cached ones.
-    most_new: i64,
-    longest: i64,
+    pub(super) most_new: i64,
+    pub(super) longest: i64,
 }
 
 impl PagedStep {
@@ -76,13 +77,8 @@ impl PagedStep {
             own.extend_from_slice(chain);
             own.extend(std::iter::repeat_n(chain[0], most - chain.len()));
         }
-        let shape = [needed.len() as i64, most as i64];
-        let host = |values: &[i64]| {
-            Tensor::f_from_slice(values).map_err(|e| Error::of_libtorch("paged attention", &e))
-        };
-        let table = host(&own)?.f_view(shape).map_err(|e| Error::of_libtorch("paged attention", &e))?;
         let places = Places::new(starts, lengths, &needed, &own, device)?;
-        let host = HostStep { starts: host(starts)?, lengths: host(lengths)?, table };
+        let host = HostStep::new(starts, lengths, &own, needed.len() as i64)?;
         Ok(Self { rows, pages, device, host, places })
     }
 
@@ -106,8 +102,32 @@ impl PagedStep {
     }
 }
 
+impl HostStep {
+    /// Of as many `chains`, whose tables in `own` are equally long.
+    pub(super) fn new(starts: &[i64], lengths: &[i64], own: &[i64], chains: i64) -> Result<Self> {
+        let tensors = || {
+            let table = Tensor::f_from_slice(own)?.f_view([chains, -1])?;
+            let (starts, lengths) = (Tensor::f_from_slice(starts)?, Tensor::f_from_slice(lengths)?);
+            Ok(Self { starts, lengths, table })
+        };
+        tensors().map_err(|e| Error::of_libtorch("paged attention", &e))
+    }
+
+    /// Other lengths and tables of as many chains.
+    pub(super) fn set(&self, lengths: &[i64], own: &[i64]) -> Result<()> {
+        let flat = self.table.f_view([-1]).map_err(|e| Error::of_libtorch("paged attention", &e))?;
+        upload_into(lengths, &self.lengths)?;
+        upload_into(own, &flat)
+    }
+}
+
 /// The pages that each chain needs, when all places are sound.
-fn check<'a>(starts: &[i64], lengths: &[i64], tables: &'a [Vec<i64>], pages: i64) -> Result<Vec<&'a [i64]>> {
+pub(super) fn check<'a>(
+    starts: &[i64],
+    lengths: &[i64],
+    tables: &'a [Vec<i64>],
+    pages: i64,
+) -> Result<Vec<&'a [i64]>> {
     let operation = "paged attention";
     let count = sequences(operation, starts, starts.last().copied().unwrap_or(0))?;
     expect(operation, lengths.len() == count && tables.len() == count, || {
@@ -178,7 +198,7 @@ impl Places {
 }
 
 /// The parts of one tensor that `make` gives for all of them, one after another.
-fn split<const N: usize>(
+pub(super) fn split<const N: usize>(
     parts: &[&[i64]; N],
     make: impl FnOnce(&[i64]) -> Result<Tensor>,
 ) -> Result<[Tensor; N]> {
