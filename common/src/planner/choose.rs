@@ -2,7 +2,7 @@
 
 use crate::config::MicroBatch;
 
-use super::parts::{cache_bytes_a_token, rank_bytes, rollout_workspace, sandbox_bytes, training_bytes};
+use super::parts::{bytes_a_token, rank_bytes, rollout_workspace, sandbox_bytes, training_bytes};
 use super::refusal::{Lacking, Refusal};
 use super::workload::{DeviceKind, Machine, Workload};
 use super::{Plan, RankBytes};
@@ -64,15 +64,15 @@ pub(super) fn attempt(work: &Workload<'_>, machine: &Machine) -> Result<Plan, (R
 
     let plain = tokens_that_fit(work, machine.kind, free, false);
     let frugal = if work.may_recompute { tokens_that_fit(work, machine.kind, free, true) } else { plain };
-    let a_token = cache_bytes_a_token(work).max(1);
-    let for_cache = free.saturating_sub(rollout_workspace(work, 1)) / a_token;
+    let a_token = bytes_a_token(work, machine.kind).max(1);
+    let for_cache = free.saturating_sub(rollout_workspace(work, machine.kind, 1)) / a_token;
     let window = window(work, most, frugal, for_cache).ok_or((least_rank, Lacking::Tokens { least }))?;
     let (micro_batch, tokens) = micro_batch(work, machine.kind, window, (plain, frugal));
     let longest = u64::from(tokens).max(u64::from(window));
     let recompute_above_tokens = (longest > plain).then(|| u32::try_from(plain).unwrap_or(u32::MAX));
 
     let recompute = u64::from(tokens) > plain;
-    let slots = slots_that_fit(work, free, window, a_token);
+    let slots = slots_that_fit(work, machine.kind, free, (window, a_token));
     let training = training_bytes(work, machine.kind, u64::from(tokens), recompute);
     let cache_tokens = cache_tokens(work, machine, (slots, window), (free, training));
     let rank = rank_bytes(work, machine.kind, (slots, cache_tokens), (u64::from(tokens), recompute));
@@ -107,8 +107,11 @@ fn cache_tokens(
     (slots, window): (u64, u32),
     (free, training): (u64, u64),
 ) -> u64 {
-    let (a_token, workspace, window) =
-        (cache_bytes_a_token(work).max(1), rollout_workspace(work, slots), u64::from(window));
+    let (a_token, workspace, window) = (
+        bytes_a_token(work, machine.kind).max(1),
+        rollout_workspace(work, machine.kind, slots),
+        u64::from(window),
+    );
     let all = slots.saturating_mul(window);
     let room = free.saturating_sub(workspace) / a_token;
     if machine.kind == DeviceKind::Cuda {
@@ -183,7 +186,7 @@ fn micro_batch(
 }
 
 /// Chains at a time: as many as are asked for, within the room for their logits and a first piece of cache.
-fn slots_that_fit(work: &Workload<'_>, free: u64, window: u32, a_token: u64) -> u64 {
+fn slots_that_fit(work: &Workload<'_>, kind: DeviceKind, free: u64, (window, a_token): (u32, u64)) -> u64 {
     let asked = u64::from(work.chains);
     let piece = u64::from(window.min(WINDOW_STEP));
     let fits = |slots: u64| {
@@ -191,7 +194,7 @@ fn slots_that_fit(work: &Workload<'_>, free: u64, window: u32, a_token: u64) -> 
             .saturating_mul(piece)
             .saturating_mul(slots)
             .max(a_token.saturating_mul(u64::from(window)));
-        rollout_workspace(work, slots).saturating_add(first_pieces) <= free
+        rollout_workspace(work, kind, slots).saturating_add(first_pieces) <= free
     };
     let (mut good, mut bad) = (1, asked + 1);
     while bad - good > 1 {

@@ -40,7 +40,7 @@ pub use parts::{RankBytes, SandboxBytes, fixed_bytes, parameters};
 pub use precision::Precision;
 pub use refusal::Refusal;
 pub use words::{bytes_in_words, rows};
-pub use workload::{DeviceKind, Machine, PREFILL_TOKENS, SandboxRoom, Workload, head_tokens};
+pub use workload::{DeviceKind, Machine, PAGE_TOKENS, PREFILL_TOKENS, SandboxRoom, Workload, head_tokens};
 
 use serde::Serialize;
 

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::model_dir::ModelConfig;
 
-use super::workload::{DeviceKind, Machine, PREFILL_TOKENS, Workload};
+use super::workload::{DeviceKind, Machine, PAGE_TOKENS, PREFILL_TOKENS, Workload};
 use super::{Precision, activation_bytes, head_bytes, layer_numbers};
 
 /// libtorch and its kernels, this program, a tokenizer, chains on their way.
@@ -13,6 +13,9 @@ const CPU_FIXED_BYTES: u64 = 220 << 20;
 const CUDA_FIXED_BYTES: u64 = 1200 << 20;
 /// f32 tensors `[slots, vocab]` alive while tokens are drawn: logits, and their order where that is asked for.
 const SAMPLING_COPIES: u64 = 2;
+/// Halves of a layer's part of the cache that a GPU holds once more: attention gathers what it reads, in memory of
+/// ordinary passes and in that of recorded ones, whose padding is up to half as much again.
+const GATHERED_HALVES: u64 = 2 + 3;
 /// On a CPU activations take a quarter more than their bytes: what the heap keeps between them, too small for the
 /// next. Measured (deploy/docs/memory.md).
 const HEAP_HOLES: u64 = 4;
@@ -36,7 +39,7 @@ pub struct RankBytes {
     pub fixed: u64,
     /// Keys and values of all cached chains, full.
     pub kv_cache: u64,
-    /// Prefill and sampling beside the cache.
+    /// Prefill and sampling beside the cache; on a GPU what attention gathers of it.
     pub rollout_workspace: u64,
     /// A full micro-batch on its way forward and back.
     pub activations: u64,
@@ -119,7 +122,7 @@ pub fn fixed_bytes(kind: DeviceKind) -> u64 {
 }
 
 /// Bytes of keys and values of one token.
-pub(super) fn cache_bytes_a_token(work: &Workload<'_>) -> u64 {
+fn cache_bytes_a_token(work: &Workload<'_>) -> u64 {
     let of = |dimension: i64| u64::try_from(dimension).unwrap_or(u64::MAX);
     let (model, number) = (work.model, work.precision.bytes());
     (2 * number)
@@ -128,13 +131,33 @@ pub(super) fn cache_bytes_a_token(work: &Workload<'_>) -> u64 {
         .saturating_mul(of(model.head_dim))
 }
 
-/// Prefill of one pass, and the logits of all slots.
-pub(super) fn rollout_workspace(work: &Workload<'_>, slots: u64) -> u64 {
+/// Bytes beside the cache of each token in it, while chains run.
+fn gathered_bytes_a_token(work: &Workload<'_>, kind: DeviceKind) -> u64 {
+    match kind {
+        DeviceKind::Cpu => 0,
+        DeviceKind::Cuda => {
+            let layers = u64::try_from(work.model.layers).unwrap_or(u64::MAX).max(1);
+            (cache_bytes_a_token(work) / layers).saturating_mul(GATHERED_HALVES) / 2
+        }
+    }
+}
+
+/// All bytes that a token in the cache takes.
+pub(super) fn bytes_a_token(work: &Workload<'_>, kind: DeviceKind) -> u64 {
+    cache_bytes_a_token(work).saturating_add(gathered_bytes_a_token(work, kind))
+}
+
+/// Prefill of one pass, the logits of all slots, and on a GPU the page that padding is written to.
+pub(super) fn rollout_workspace(work: &Workload<'_>, kind: DeviceKind, slots: u64) -> u64 {
     let vocab = u64::try_from(work.model.vocab).unwrap_or(u64::MAX);
     let prefill =
         layer_numbers(work.model).saturating_mul(work.precision.bytes()).saturating_mul(PREFILL_TOKENS);
     let sampling = slots.saturating_mul(vocab).saturating_mul(4 * SAMPLING_COPIES);
-    prefill.saturating_add(sampling)
+    let padding = match kind {
+        DeviceKind::Cpu => 0,
+        DeviceKind::Cuda => cache_bytes_a_token(work).saturating_mul(PAGE_TOKENS),
+    };
+    prefill.saturating_add(sampling).saturating_add(padding)
 }
 
 /// Activations of a micro-batch as its device's memory holds them.
@@ -167,6 +190,7 @@ pub(super) fn rank_bytes(
         Precision::F32 => 8,
         Precision::Bf16 => 12,
     };
+    let gathered = gathered_bytes_a_token(work, kind).saturating_mul(cache_tokens);
     RankBytes {
         weights,
         reference: if work.reference { weights } else { 0 },
@@ -174,7 +198,7 @@ pub(super) fn rank_bytes(
         optimizer: all.saturating_mul(a_weight).div_ceil(u64::from(work.optimizer_shards.max(1))),
         fixed: fixed_bytes(kind),
         kv_cache: cache_bytes_a_token(work).saturating_mul(cache_tokens),
-        rollout_workspace: rollout_workspace(work, slots),
+        rollout_workspace: rollout_workspace(work, kind, slots).saturating_add(gathered),
         activations: held_activations(work, kind, tokens, recompute),
         head: head_bytes(work.model, work.precision, tokens),
         total_bytes: 0,

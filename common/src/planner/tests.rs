@@ -98,6 +98,24 @@ fn an_f32_model_is_its_own_master_and_a_gpu_packs_nothing() {
     assert!(rows(&plan)[0].2 == "bfloat16", "{:?}", rows(&plan)[0]);
 }
 
+#[test]
+fn a_gpu_has_a_page_for_padding_and_gathers_a_layers_part_of_the_cache() {
+    let model = small();
+    let gpu = |gib| Machine { kind: DeviceKind::Cuda, memory_bytes: Some(gib * GIB), ranks: 1, threads: 8 };
+    // 2 numbers · 2 bytes · 3 heads · 64 channels, of 30 layers.
+    let (layer, all) = (768, 23_040);
+    for gib in [5, 6, 80] {
+        let there = plan(&work(&model), &gpu(gib)).unwrap();
+        let rank = there.rank;
+        let prefill = layer_numbers(&model) * 2 * PREFILL_TOKENS;
+        let sampling = u64::from(there.slots) * 49_152 * 8;
+        let gathered = there.cache_tokens * layer * 5 / 2;
+        assert_eq!(rank.kv_cache, there.cache_tokens * all);
+        assert_eq!(rank.rollout_workspace, prefill + sampling + PAGE_TOKENS * all + gathered, "{gib} GiB");
+        assert!(there.peak_bytes() <= there.budget_bytes.unwrap(), "{gib} GiB: {there:?}");
+    }
+}
+
 /// A job's settings, with the small model on two ranks.
 fn settings(more: &[&str]) -> Config {
     let mut all = vec!["trainer.n_gpus_per_node=2", "data.train_files=x.json"];

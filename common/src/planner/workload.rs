@@ -9,6 +9,8 @@ use super::Precision;
 
 /// Tokens of one prefill pass of the rollout engine.
 pub const PREFILL_TOKENS: u64 = 4096;
+/// Tokens of a page of the rollout engine's KV cache.
+pub const PAGE_TOKENS: u64 = 64;
 /// Logits of the head that exist at a time in training: 128 MiB in f32. Enough rows that adding the head's gradient is a
 /// small part.
 const HEAD_LOGITS: u64 = 32 << 20;
