@@ -195,7 +195,7 @@ pub(crate) const RULES: &[Rule] = &[
     any("actor_rollout_ref.actor.optim.total_training_steps", "it follows trainer.total_training_steps"),
     // rollout
     any(
-        "actor_rollout_ref.rollout.{name,mode,gpu_memory_utilization,max_num_batched_tokens,enforce_eager,free_cache_engine,enable_chunked_prefill,enable_prefix_caching,load_format,layered_summon,update_weights_bucket_megabytes,disable_log_stats}",
+        "actor_rollout_ref.rollout.{name,mode,gpu_memory_utilization,max_num_batched_tokens,free_cache_engine,enable_chunked_prefill,enable_prefix_caching,load_format,layered_summon,update_weights_bucket_megabytes,disable_log_stats}",
         ENGINE,
     ),
     any("actor_rollout_ref.rollout.engine_kwargs.*", ENGINE),

@@ -137,7 +137,13 @@ fn serve(request: Request, place: Place, model: &mut Option<Decoder>) -> anyhow:
             let longest = chains.iter().map(Chain::tokens).max().unwrap_or(0);
             // Room for one more: a turn ends when its chain's window is full.
             let max_tokens_per_chain = longest + 1;
-            let limits = EngineConfig { max_slots, cache_tokens, max_tokens_per_chain, max_prefill_tokens };
+            let limits = EngineConfig {
+                max_slots,
+                cache_tokens,
+                max_tokens_per_chain,
+                max_prefill_tokens,
+                enforce_eager: false,
+            };
             return Ok(serde_json::to_value(greedy(decoder, &chains, limits)?)?);
         }
         Request::Export { to, source: Some(source) } => save(&to, decoder, &source)?,

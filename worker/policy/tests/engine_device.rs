@@ -16,6 +16,7 @@ async fn start() -> DeviceHandle<Vec<u32>> {
             cache_tokens: 8192,
             max_tokens_per_chain: 2000,
             max_prefill_tokens: 64,
+            enforce_eager: false,
         };
         let engine = Engine::new(config, decoder.config());
         Ok(Device { decoder, engine, policy_version: PolicyVersion(2), extra: Vec::new() })

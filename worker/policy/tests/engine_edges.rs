@@ -44,6 +44,7 @@ fn a_prompt_longer_than_a_step_is_computed_in_parts_beside_others() {
             cache_tokens: 8192,
             max_tokens_per_chain: 400,
             max_prefill_tokens: 128,
+            enforce_eager: false,
         };
         let mut engine = Engine::new(config, decoder.config());
         let prompts = [text(250, 1), text(3, 2)];
@@ -67,6 +68,7 @@ fn a_chain_shares_no_more_of_its_prompt_than_its_group_mate_has_computed() {
             cache_tokens: 8192,
             max_tokens_per_chain: 400,
             max_prefill_tokens: 32,
+            enforce_eager: false,
         };
         let mut engine = Engine::new(config, decoder.config());
         let prompt = text(100, 3);
@@ -90,8 +92,13 @@ fn a_chain_shares_no_more_of_its_prompt_than_its_group_mate_has_computed() {
 fn a_queued_turns_cache_does_not_stop_a_running_one() {
     let decoder = model("llama", 2);
     // Four pages of 64 tokens in all, for one chain at a time.
-    let config =
-        EngineConfig { max_slots: 1, cache_tokens: 256, max_tokens_per_chain: 256, max_prefill_tokens: 64 };
+    let config = EngineConfig {
+        max_slots: 1,
+        cache_tokens: 256,
+        max_tokens_per_chain: 256,
+        max_prefill_tokens: 64,
+        enforce_eager: false,
+    };
     let mut engine = Engine::new(config, decoder.config());
     let (elder, younger, observation) = (text(130, 1), text(150, 2), text(10, 3));
     engine.submit(turn(0, None, elder.clone(), 4)).expect("it fits");
@@ -127,8 +134,13 @@ fn order_of_ends(engine: &mut Engine, decoder: &Decoder) -> Vec<u64> {
 fn chains_wait_for_a_slot_rather_than_take_each_others_cache() {
     let decoder = model("llama", 2);
     // Eight pages: two chains of 100 tokens, with room to grow, at a time.
-    let config =
-        EngineConfig { max_slots: 6, cache_tokens: 512, max_tokens_per_chain: 256, max_prefill_tokens: 64 };
+    let config = EngineConfig {
+        max_slots: 6,
+        cache_tokens: 512,
+        max_tokens_per_chain: 256,
+        max_prefill_tokens: 64,
+        enforce_eager: false,
+    };
     let mut engine = Engine::new(config, decoder.config());
     for chain in 0..6 {
         engine.submit(turn(chain.into(), None, text(100, chain), 20)).expect("it fits");
@@ -143,8 +155,13 @@ fn chains_wait_for_a_slot_rather_than_take_each_others_cache() {
 fn of_chains_that_outgrow_the_cache_the_oldest_ends_first() {
     let decoder = model("llama", 2);
     // Six pages: all three fit at first, and one alone comes to four.
-    let config =
-        EngineConfig { max_slots: 3, cache_tokens: 384, max_tokens_per_chain: 256, max_prefill_tokens: 64 };
+    let config = EngineConfig {
+        max_slots: 3,
+        cache_tokens: 384,
+        max_tokens_per_chain: 256,
+        max_prefill_tokens: 64,
+        enforce_eager: false,
+    };
     let mut engine = Engine::new(config, decoder.config());
     let prompts: Vec<Vec<u32>> = (0..3).map(|chain| text(30, chain)).collect();
     for (chain, prompt) in (0..).zip(&prompts) {
@@ -157,8 +174,13 @@ fn of_chains_that_outgrow_the_cache_the_oldest_ends_first() {
 #[test]
 fn chains_of_other_groups_share_whole_pages_of_a_common_beginning() {
     let decoder = model("llama", 2);
-    let config =
-        EngineConfig { max_slots: 4, cache_tokens: 2048, max_tokens_per_chain: 256, max_prefill_tokens: 512 };
+    let config = EngineConfig {
+        max_slots: 4,
+        cache_tokens: 2048,
+        max_tokens_per_chain: 256,
+        max_prefill_tokens: 512,
+        enforce_eager: false,
+    };
     let mut engine = Engine::new(config, decoder.config());
     let system = text(130, 1);
     let prompts: Vec<Vec<u32>> =

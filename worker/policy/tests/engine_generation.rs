@@ -29,7 +29,13 @@ fn engine(decoder: &Decoder, max_slots: usize) -> Engine {
 }
 
 fn engine_with_cache(decoder: &Decoder, max_slots: usize, cache_tokens: usize) -> Engine {
-    let config = EngineConfig { max_slots, cache_tokens, max_tokens_per_chain: 400, max_prefill_tokens: 128 };
+    let config = EngineConfig {
+        max_slots,
+        cache_tokens,
+        max_tokens_per_chain: 400,
+        max_prefill_tokens: 128,
+        enforce_eager: false,
+    };
     Engine::new(config, decoder.config())
 }
 

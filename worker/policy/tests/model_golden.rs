@@ -139,6 +139,7 @@ fn greedy_continuations_are_those_of_transformers() {
             cache_tokens: 1024,
             max_tokens_per_chain: 96,
             max_prefill_tokens: 16,
+            enforce_eager: false,
         };
         let mut engine = Engine::new(limits, decoder.config());
         for (chain, Continuation { prompt, ids }) in golden.greedy.iter().enumerate() {

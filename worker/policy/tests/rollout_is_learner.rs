@@ -19,8 +19,13 @@ const TEMPERATURE: f64 = 0.7;
 
 /// Chains of three turns with observations between, through a cache that does not hold them all; as training rows.
 fn rollout(decoder: &Decoder) -> Vec<TrainRow> {
-    let limits =
-        EngineConfig { max_slots: 5, cache_tokens: 512, max_tokens_per_chain: 400, max_prefill_tokens: 40 };
+    let limits = EngineConfig {
+        max_slots: 5,
+        cache_tokens: 512,
+        max_tokens_per_chain: 400,
+        max_prefill_tokens: 40,
+        enforce_eager: false,
+    };
     let mut engine = Engine::new(limits, decoder.config());
     let mut rows: BTreeMap<u64, TrainRow> = BTreeMap::new();
     for round in 0..3_u32 {

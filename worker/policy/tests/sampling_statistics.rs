@@ -35,8 +35,13 @@ fn generate(
     max_slots: usize,
     requests: impl IntoIterator<Item = Request>,
 ) -> BTreeMap<u64, Generation> {
-    let limits =
-        EngineConfig { max_slots, cache_tokens: 1 << 16, max_tokens_per_chain: 96, max_prefill_tokens: 256 };
+    let limits = EngineConfig {
+        max_slots,
+        cache_tokens: 1 << 16,
+        max_tokens_per_chain: 96,
+        max_prefill_tokens: 256,
+        enforce_eager: false,
+    };
     let mut engine = Engine::new(limits, decoder.config());
     for (chain, new_tokens, sampling, seed) in requests {
         let group = Some(u64::from(new_tokens[0]));

@@ -117,6 +117,7 @@ fn sample(
         cache_tokens: window,
         max_tokens_per_chain: window,
         max_prefill_tokens: window,
+        enforce_eager: false,
     };
     let mut engine = Engine::new(limits, decoder.config());
     let sampling = SamplingParams {

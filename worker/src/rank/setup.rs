@@ -16,7 +16,7 @@ use agentfly_agent::tools::{PythonRunner, ToolSet};
 use agentfly_c10d::{Group, Store};
 use agentfly_common::config::Config;
 use agentfly_common::ids::PolicyVersion;
-use agentfly_common::planner::{PREFILL_TOKENS, Plan};
+use agentfly_common::planner::{PAGE_TOKENS, PREFILL_TOKENS, Plan};
 use agentfly_common::seed::JobSeed;
 use agentfly_common::telemetry::TRACE;
 use agentfly_policy::device::{Device, DeviceHandle};
@@ -118,7 +118,7 @@ async fn start_device(
     policy_version: PolicyVersion,
 ) -> Result<DeviceHandle<LearnerSeat>, RankError> {
     let (place, threads) = (options.device.0, options.threads);
-    let (dir, dtype, limits) = (model_dir.to_path_buf(), dtype(config), engine_config(plan));
+    let (dir, dtype, limits) = (model_dir.to_path_buf(), dtype(config), engine_config(config, plan));
     let make = move || {
         set_up(threads, place)?;
         let decoder = open(&dir, dtype, place)?;
@@ -128,13 +128,17 @@ async fn start_device(
     DeviceHandle::start(make).await.map_err(RankError::operator)
 }
 
-/// The engine's limits.
-fn engine_config(plan: &Plan) -> EngineConfig {
+// The plan counts a page, and knows no libtorch.
+const _: () = assert!(PAGE_TOKENS == agentfly_c10d::ops::PAGE_TOKENS as u64);
+
+/// The engine's limits and ways.
+fn engine_config(config: &Config, plan: &Plan) -> EngineConfig {
     EngineConfig {
         max_slots: plan.slots as usize,
         cache_tokens: usize::try_from(plan.cache_tokens).unwrap_or(usize::MAX),
         max_tokens_per_chain: plan.window as usize,
         max_prefill_tokens: PREFILL_TOKENS as usize,
+        enforce_eager: config.actor_rollout_ref.rollout.enforce_eager,
     }
 }
 

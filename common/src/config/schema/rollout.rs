@@ -25,6 +25,8 @@ pub struct Rollout {
     pub max_num_seqs: u32,
     /// Number type in rollout and training.
     pub dtype: Dtype,
+    /// On GPUs: launch decode steps kernel by kernel, not as CUDA graphs.
+    pub enforce_eager: bool,
     /// Sampling in validation.
     pub val_kwargs: ValKwargs,
 }

@@ -29,6 +29,7 @@ pub(crate) fn engine(decoder: &Decoder, slots: usize, window: usize) -> Engine {
         cache_tokens: slots.saturating_mul(window),
         max_tokens_per_chain: window,
         max_prefill_tokens: PREFILL_TOKENS as usize,
+        enforce_eager: false,
     };
     Engine::new(limits, decoder.config())
 }

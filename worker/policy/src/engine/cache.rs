@@ -1,4 +1,5 @@
-//! The KV cache: pages of [`PAGE_TOKENS`] tokens, all layers of a page together, counted by who uses them.
+//! The KV cache: pages of [`PAGE_TOKENS`] tokens, all layers of a page together, counted by who uses them. One page more,
+//! the last, is nobody's: padding of decode steps is written to it ([`super::graphs`]).
 //!
 //! What must stay true: the cache never holds more pages than it was made for; a page that several chains use is
 //! written by none of them; what was never written holds zeros (attention multiplies it by probability 0, and a NaN
@@ -18,7 +19,7 @@ pub(crate) struct PagePool {
     kv_heads: i64,
     head_dim: i64,
     capacity: usize,
-    /// `[capacity, layers, numbers]`; none until the first use and after `clear`.
+    /// `[capacity + 1, layers, numbers]`; none until the first use and after `clear`.
     all: Option<Tensor>,
     /// How many chains use each page that was ever handed out.
     users: Vec<u32>,
@@ -43,7 +44,7 @@ impl PagePool {
         }
     }
 
-    /// The pages, for the model. None before [`Self::prepare`].
+    /// The pages, and the one of padding, for the model. None before [`Self::prepare`].
     pub(crate) fn tensor(&self) -> Result<&Tensor, ModelError> {
         self.all.as_ref().ok_or_else(|| ModelError::Input {
             what: "KV cache",
@@ -57,7 +58,7 @@ impl PagePool {
         if self.all.is_none() {
             let like = Tensor::f_zeros([1], (kind, device))?;
             let numbers = self.kv_heads * page_numbers(&like, self.head_dim)?;
-            let shape = [self.capacity as i64, self.layers, numbers];
+            let shape = [self.capacity as i64 + 1, self.layers, numbers];
             self.all = Some(Tensor::f_empty(shape, (kind, device))?);
         }
         Ok(())

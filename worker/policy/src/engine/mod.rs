@@ -14,6 +14,7 @@
 mod batch;
 mod cache;
 mod chain;
+mod graphs;
 mod sampler;
 mod schedule;
 
@@ -26,8 +27,9 @@ use agentfly_common::sampling::{Generation, SamplingParams, StopReason};
 use crate::model::{Decoder, ModelConfig, ModelError};
 use cache::{PagePool, pages_for};
 use chain::{Chain, Turn};
+use graphs::DecodeGraphs;
 
-/// How much the engine may hold at a time.
+/// How much the engine may hold at a time, and how it computes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineConfig {
     /// Chains that generate at a time, and so the largest decode batch.
@@ -38,6 +40,9 @@ pub struct EngineConfig {
     pub max_tokens_per_chain: usize,
     /// Tokens that a step computes beside one for each decoding chain; longer prompts take several steps.
     pub max_prefill_tokens: usize,
+    /// Launches every decode step kernel by kernel, where a GPU would otherwise record it as a CUDA graph. Without effect
+    /// on CPUs.
+    pub enforce_eager: bool,
 }
 
 /// One turn of one chain.
@@ -180,6 +185,7 @@ pub struct Engine {
     /// Turns that ended outside a computation; the version is filled in when they are reported.
     ended: Vec<TurnResult>,
     cache: PagePool,
+    graphs: DecodeGraphs,
     born: u64,
     stats: EngineStats,
 }
@@ -195,6 +201,7 @@ impl Engine {
             cache_tokens: pages * PAGE_TOKENS,
             max_tokens_per_chain: window,
             max_prefill_tokens: config.max_prefill_tokens.max(1),
+            enforce_eager: config.enforce_eager,
         };
         Self {
             vocab: model.vocab,
@@ -204,6 +211,7 @@ impl Engine {
             paused: BTreeMap::new(),
             ended: Vec::new(),
             cache: PagePool::new(model, pages),
+            graphs: DecodeGraphs::new(config.enforce_eager),
             born: 0,
             stats: EngineStats::default(),
             config,
@@ -328,6 +336,7 @@ impl Engine {
             chain.pages.clear();
             chain.cached = 0;
         }
+        self.graphs.clear();
         self.cache.clear();
     }
 
