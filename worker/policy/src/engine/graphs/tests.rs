@@ -117,11 +117,12 @@ fn a_cpu_and_enforce_eager_pad_nothing() {
     let decoder = model(Kind::Float, 3);
     let mut ordinary = engine(&decoder);
     let mut eager = engine(&decoder);
-    eager.graphs = DecodeGraphs { on_cpus: true, ..DecodeGraphs::new(true) };
+    eager.graphs = DecodeGraphs { on_cpus: true, records: false, ..DecodeGraphs::new(true) };
     for engine in [&mut ordinary, &mut eager] {
         generate(engine, &decoder, 1.0);
         assert!(engine.graphs.shapes.is_empty());
     }
+    assert!(!ordinary.graphs.off, "it tried to record");
 }
 
 #[test]
@@ -141,9 +142,13 @@ fn nothing_of_another_model_or_cache_is_kept() {
     submit(&mut padding, 0, 1.0);
     finish(&mut padding, &first);
     let of_first = padding.graphs.made_for;
+    let shape = StepShape { rows: 1000, pages_each: 1, pages_all: 1000 };
+    let inputs = FixedStep::new(shape, 10, Device::Cpu).unwrap();
+    padding.graphs.shapes.insert(shape, Shape { recorded: None, inputs });
     submit(&mut padding, 5, 1.0);
     let got = finish(&mut padding, &second);
     assert_ne!(padding.graphs.made_for, of_first);
+    assert!(!padding.graphs.shapes.contains_key(&shape), "it has the first one's addresses");
     let mut alone = engine(&second);
     submit(&mut alone, 5, 1.0);
     assert_eq!(got, finish(&mut alone, &second));
