@@ -16,9 +16,10 @@
 #include <ATen/Context.h>
 #include <ATen/core/CachingHostAllocator.h>
 #include <ATen/cuda/CUDAGraph.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/StreamGuard.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <map>
@@ -31,7 +32,8 @@ struct AfGraph {
   c10::MempoolId_t pool{0, 0};
   at::cuda::CUDAGraph graph;
   // There while it is recorded: makes the recording stream current, and the one before it again at the end.
-  std::optional<c10::cuda::CUDAStreamGuard> recording;
+  // Guards of any device: those of CUDA alone call its runtime, which is not linked here.
+  std::optional<c10::StreamGuard> recording;
 
   ~AfGraph() {
     if (!recording) return;
@@ -100,13 +102,13 @@ int af_graph_begin(int device, AfGraph* beside, AfGraph** out) {
   return af::guarded([&] {
     TORCH_CHECK(device >= 0 && static_cast<size_t>(device) < at::getNumGPUs(), "there is no such GPU");
     const auto index = static_cast<c10::DeviceIndex>(device);
-    const c10::cuda::CUDAGuard on(index);
+    const c10::DeviceGuard on(c10::Device(c10::kCUDA, index));
     // What runs still is no part of the graph. An error of it shows here, and not as one of the recording.
     c10::cuda::device_synchronize();
     auto graph = std::make_unique<AfGraph>();
     graph->device = index;
     graph->pool = beside ? beside->pool : at::cuda::graph_pool_handle();
-    graph->recording.emplace(recording_stream(index));
+    graph->recording.emplace(recording_stream(index).unwrap());
     try {
       graph->begin();
     } catch (...) {
