@@ -98,11 +98,15 @@ fn a_peer_that_never_comes_is_a_timeout_that_names_the_collective() {
 
 #[test]
 fn a_peer_that_left_is_a_network_error() {
-    let results = ranks(2, DEADLINE, |group| match group.rank() {
-        0 => group.broadcast(&mut Tensor::from_slice(&[0.0f32]), 1).err(),
-        _ => {
-            drop(group);
-            None
+    let results = ranks(2, DEADLINE, |group| {
+        // Both have joined: one that leaves before is another error, the joining one's.
+        group.all_reduce(&mut Tensor::from_slice(&[0.0f32]), ReduceOp::Sum).unwrap();
+        match group.rank() {
+            0 => group.broadcast(&mut Tensor::from_slice(&[0.0f32]), 1).err(),
+            _ => {
+                drop(group);
+                None
+            }
         }
     });
     let error = results[0].clone().unwrap();
