@@ -7,16 +7,27 @@ a trainer makes it) and in `greedy` (its own `generate`).
 from __future__ import annotations
 
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16}
+
+
+def norm_as_it_is(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm in the model's own numbers: theirs rounds to float32 within."""
+    return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
 
 
 def load(folder: Path, dtype: str) -> PreTrainedModel:
+    """Their model; in f64 without the steps that they take in float32 whatever the model's numbers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
+    if dtype == "f64":
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.forward = MethodType(norm_as_it_is, module)
     # With a padding id the embedding gives that id's row no gradient, though the id may occur in a text (where a model
     # is padded with its end-of-turn token it always does). Rows here have no padding: this is the loss's gradient.
     model.get_input_embeddings().padding_idx = None
@@ -25,8 +36,12 @@ def load(folder: Path, dtype: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, row: list[int]) -> torch.Tensor:
-    """What follows each token, `[T, vocabulary]` float32."""
-    return model(input_ids=torch.tensor([row])).logits[0].float()
+    """What follows each token, `[T, vocabulary]` float32, or float64 of such a model."""
+    return wide(model(input_ids=torch.tensor([row])).logits[0])
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -55,7 +70,7 @@ def gradients(
     ids, mask, advantages = padded("ids", 0), padded("loss_mask", False), padded("advantages", 0.0)
     attended = torch.tensor([[1] * len(row["ids"]) + [0] * (longest - len(row["ids"])) for row in rows])
     model.zero_grad(set_to_none=True)
-    raw = model(input_ids=ids, attention_mask=attended).logits[:, :-1].float() / temperature
+    raw = wide(model(input_ids=ids, attention_mask=attended).logits)[:, :-1] / temperature
     log_softmax = raw.log_softmax(-1)
     log_probs = log_softmax.gather(2, ids[:, 1:, None])[..., 0]
     entropies = -(log_softmax.exp() * log_softmax).sum(-1)
@@ -63,7 +78,7 @@ def gradients(
     (terms * mask[:, 1:]).sum().div(mask.sum()).backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    return {name: gradient.float() for name, gradient in found.items() if gradient is not None}
+    return {name: wide(gradient) for name, gradient in found.items() if gradient is not None}
 
 
 @torch.no_grad()
