@@ -9,8 +9,8 @@ use super::{Plan, RankBytes};
 
 /// Micro-batches that are chosen: the largest of these that fits, and that the device is not slower with.
 const SIZES: [u32; 6] = [16_384, 8192, 4096, 2048, 1024, 512];
-/// On a CPU larger ones leave the caches.
-const LARGEST_ON_CPU: u32 = 4096;
+/// On a CPU larger ones are not faster, and take the memory (deploy/docs/benchmarks.md).
+const LARGEST_ON_CPU: u32 = 2048;
 /// A window that memory shortens stays at least this long.
 const LEAST_WINDOW: u32 = 1024;
 /// A shortened window is a multiple of this.

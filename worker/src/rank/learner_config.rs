@@ -126,7 +126,7 @@ mod tests {
 
     #[test]
     fn without_a_size_micro_batches_are_what_memory_has_room_for() {
-        assert_eq!(learned(&resolved(&[]), 1).micro_batch, MicroBatchLimit::Tokens(4096));
+        assert_eq!(learned(&resolved(&[]), 1).micro_batch, MicroBatchLimit::Tokens(2048));
         let set = resolved(&["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=700"]);
         assert_eq!(learned(&set, 1).micro_batch, MicroBatchLimit::Tokens(700));
     }

@@ -103,7 +103,7 @@ impl Default for LearnerConfig {
             kl_loss_coef: 0.001,
             kl_loss_type: KlEstimator { base: KlBase::K3, straight_through: false },
             ppo_epochs: 1,
-            micro_batch: MicroBatchLimit::Tokens(4096),
+            micro_batch: MicroBatchLimit::Tokens(2048),
             recompute_above: usize::MAX,
             temperature: 1.0,
             max_grad_skips: 10,
