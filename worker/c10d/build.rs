@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Below `csrc/`.
-const SOURCES: [&str; 10] = [
+const SOURCES: [&str; 11] = [
     "shim",
     "graph",
     "ops",
     "ops/linear",
+    "ops/weight_gradient",
     "ops/few_rows",
     "ops/pointwise",
     "ops/attention",

@@ -11,12 +11,14 @@ use super::workload::head_tokens;
 ///
 /// | kept | numbers |
 /// |---|---|
-/// | input of the block, normed input | 2 h |
+/// | input of the block | h |
 /// | rotated queries and keys, values | q + 2 kv |
 /// | attention's output | q |
-/// | residual after attention, normed again | 2 h |
-/// | gate and up, their activated product | 3 m |
+/// | residual after attention | h |
+/// | gate and up | 2 m |
 /// | queries and keys before their norms (Qwen3) | q + kv |
+///
+/// Norms and SwiGLU are computed again on the way back instead of kept.
 ///
 /// h: hidden size; q: query heads × channels; kv: key/value heads × channels; m: width of the MLP.
 #[must_use]
@@ -26,13 +28,13 @@ pub fn layer_numbers(model: &ModelConfig) -> u64 {
     let queries = of(model.heads).saturating_mul(of(model.head_dim));
     let keys = of(model.kv_heads).saturating_mul(of(model.head_dim));
     let before_norms = u64::from(model.architecture.qk_norm());
-    [(4, hidden), (2 + before_norms, queries), (2 + before_norms, keys), (3, mlp)]
+    [(2, hidden), (2 + before_norms, queries), (2 + before_norms, keys), (2, mlp)]
         .iter()
         .fold(0, |sum: u64, (times, numbers)| sum.saturating_add(numbers.saturating_mul(*times)))
 }
 
 /// Bytes that forward and backward of `tokens` tokens hold at their peak, the head aside: what all layers keep, and
-/// once more a layer's worth of gradients on the way back. With `recompute`, layers keep their input alone and are
+/// once more a layer's worth of gradients on the way back, with what is computed again there. With `recompute`, layers keep their input alone and are
 /// computed again one at a time.
 #[must_use]
 pub fn activation_bytes(model: &ModelConfig, precision: Precision, tokens: u64, recompute: bool) -> u64 {
@@ -43,7 +45,7 @@ pub fn activation_bytes(model: &ModelConfig, precision: Precision, tokens: u64, 
     } else {
         layers.saturating_mul(layer)
     };
-    let working = layer;
+    let working = layer + 2 * hidden + of(model.intermediate);
     // Final norm, and where the two halves of the backward pass meet: hidden states and their gradient.
     let ends = 3 * hidden;
     kept.saturating_add(working).saturating_add(ends).saturating_mul(precision.bytes()).saturating_mul(tokens)

@@ -72,11 +72,12 @@ fn the_parts_are_those_of_the_table() {
     // 2 numbers · 2 bytes · 30 layers · 3 heads · 64 channels.
     assert_eq!(rank.kv_cache, plan.cache_tokens * 23_040);
     assert_eq!(plan.cache_tokens, 64 * 1024, "every chain may fill its window");
-    assert_eq!((plan.micro_batch, plan.micro_batch_tokens), (MicroBatch::Tokens(4096), 4096));
+    assert_eq!((plan.micro_batch, plan.micro_batch_tokens), (MicroBatch::Tokens(2048), 2048));
     // h = q = 576, kv = 192, m = 1536.
-    let layer = 4 * 576 + 2 * 576 + 2 * 192 + 3 * 1536;
+    let layer = 2 * 576 + 2 * 576 + 2 * 192 + 2 * 1536;
     assert_eq!(layer_numbers(&model), layer);
-    let activations = 4096 * 2 * (31 * layer + 3 * 576);
+    // What a layer keeps 30 times, and once more with what the way back makes again.
+    let activations = 2048 * 2 * (31 * layer + 2 * 576 + 1536 + 3 * 576);
     assert_eq!(rank.activations, activations + activations / 4, "with the holes between them");
     assert_eq!(rank.head, 640 * 49_152 * 6, "ten times 64 tokens make less than 32 Mi logits");
     assert_eq!(rank.total_bytes, rank.resident() + rank.rollout().max(rank.training()));
@@ -236,8 +237,8 @@ fn what_is_set_too_large_is_named_with_what_to_leave_out() {
     );
     let long = Workload { window: Some(8192), may_recompute: false, ..work(&model) };
     let refusal = plan(&long, &cpu(6, 1)).unwrap_err().to_string();
-    assert!(refusal.contains("actor_rollout_ref.rollout.max_model_len=2048"), "{refusal}");
-    let offered = Workload { window: Some(2048), ..long };
+    assert!(refusal.contains("actor_rollout_ref.rollout.max_model_len=4096"), "{refusal}");
+    let offered = Workload { window: Some(4096), ..long };
     assert!(plan(&offered, &cpu(6, 1)).is_ok(), "what is offered fits");
 }
 

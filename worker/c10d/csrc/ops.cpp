@@ -5,6 +5,7 @@
 #include "ops/linear.h"
 #include "ops/pointwise.h"
 #include "ops/vocabulary.h"
+#include "ops/weight_gradient.h"
 
 struct AfLinear {
   af::Linear map;
@@ -48,7 +49,22 @@ int af_linear_train(AfLinear* linear, void** grads, void** bias_grads) {
 }
 
 int af_linear_apply(AfLinear* linear, void* x, int wide, void** out) {
-  return guarded([&] { give(out, linear->map.apply(as_tensor(x), wide != 0)); });
+  return guarded([&] { give(out, linear->map.apply(as_tensor(x), {}, wide != 0)); });
+}
+
+int af_linear_apply_norm(AfLinear* linear, void* x, void* weight, void* grad, double eps, void** out) {
+  return guarded([&] {
+    const af::Before norm{af::Before::kNorm, as_tensor(weight), grad ? as_tensor(grad) : at::Tensor(), eps};
+    give(out, linear->map.apply(as_tensor(x), norm, false));
+  });
+}
+
+int af_linear_apply_swiglu(AfLinear* linear, void* x, void** out) {
+  return guarded([&] {
+    af::Before swiglu;
+    swiglu.kind = af::Before::kSwiglu;
+    give(out, linear->map.apply(as_tensor(x), swiglu, false));
+  });
 }
 
 int af_linear_backward(AfLinear* linear, void* x, void* gradient, void** out) {
@@ -56,7 +72,7 @@ int af_linear_backward(AfLinear* linear, void* x, void* gradient, void** out) {
     at::NoGradGuard no_grad;
     TORCH_CHECK(linear->map.weights.size() == 1, "only a single map is turned back by itself");
     linear->map.check();
-    if (!linear->map.grads.empty()) af::add_weight_gradient(as_tensor(gradient), as_tensor(x), linear->map.grads[0]);
+    if (!linear->map.grads.empty()) af::add_weight_gradients(as_tensor(gradient), as_tensor(x), linear->map.grads);
     give(out, at::mm(as_tensor(gradient), linear->map.weights[0]));
   });
 }
@@ -73,10 +89,6 @@ int af_rms_norm(void* x, void* weight, void* grad, double eps, void** out) {
 
 int af_rope(void* x, void* cos, void* sin, int64_t heads, void** out) {
   return guarded([&] { give(out, af::rope(as_tensor(x), as_tensor(cos), as_tensor(sin), heads)); });
-}
-
-int af_swiglu(void* x, void** out) {
-  return guarded([&] { give(out, af::swiglu(as_tensor(x))); });
 }
 
 int af_attention(void* qkv, void* starts, int64_t queries, int64_t keys, int64_t dim, void** out) {

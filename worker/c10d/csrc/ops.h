@@ -13,12 +13,13 @@ typedef struct AfLinear AfLinear;
 int af_linear_new(void** weights, void** biases, size_t count, AfLinear** out);  // biases: NULL or count of them
 int af_linear_train(AfLinear* linear, void** grads, void** bias_grads);           // NULL: no longer trained
 int af_linear_apply(AfLinear* linear, void* x, int wide, void** out);
+int af_linear_apply_norm(AfLinear* linear, void* x, void* weight, void* grad, double eps, void** out);  // of rms_norm(x)
+int af_linear_apply_swiglu(AfLinear* linear, void* x, void** out);                                      // of swiglu(x)
 int af_linear_backward(AfLinear* linear, void* x, void* gradient, void** out);
 void af_linear_drop(AfLinear* linear);
 
 int af_rms_norm(void* x, void* weight, void* grad, double eps, void** out);  // grad: NULL or a sum in f32
 int af_rope(void* x, void* cos, void* sin, int64_t heads, void** out);
-int af_swiglu(void* x, void** out);
 
 int af_attention(void* qkv, void* starts, int64_t queries, int64_t keys, int64_t dim, void** out);
 // The tensors of af::Paged and af::Places, see ops/attention.h.

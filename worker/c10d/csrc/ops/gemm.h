@@ -69,13 +69,14 @@ AF_INLINE void pack_rows(const bf16* b, int64_t rows, int64_t n, int64_t stride,
                          bf16* out) {
   const bf16 zero(0.0f);
   for (int64_t i = 0; i < padded_rows; i += 2) {
-    const bf16* first = b + i * stride;
-    const bf16* second = first + stride;
-    bf16* pairs = out + i * width;
+    const bf16* AF_RESTRICT first = b + i * stride;
+    const bf16* AF_RESTRICT second = first + stride;
+    bf16* AF_RESTRICT pairs = out + i * width;
     if (i + 1 < rows) {
+      // As one number of 32 bits: two of 16 apart would be written one by one.
       for (int64_t j = 0; j < n; j++) {
-        pairs[2 * j] = first[j];
-        pairs[2 * j + 1] = second[j];
+        const uint32_t pair = first[j].x | static_cast<uint32_t>(second[j].x) << 16;
+        std::memcpy(static_cast<void*>(pairs + 2 * j), &pair, sizeof(pair));
       }
     } else {
       for (int64_t j = 0; j < n; j++) {

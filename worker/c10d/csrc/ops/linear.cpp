@@ -1,5 +1,8 @@
 #include "linear.h"
 
+#include "pointwise.h"
+#include "weight_gradient.h"
+
 namespace af {
 
 namespace {
@@ -47,8 +50,8 @@ namespace {
 
 // Rows of x that stay in the second-level cache while all weights pass by.
 constexpr int64_t kCachedBytes = 384 << 10;
-// Tokens that a weight gradient sums at a time: few sizes, so that few micro-kernels are compiled.
-constexpr int64_t kTokens = 512;
+// With fewer blocks a short product takes halves of them: of nine blocks one of two threads would have five.
+constexpr int64_t kFewBlocks = 16;
 
 template <class T>
 AF_VECTORISED void pack_block(const T* w, int64_t count, int64_t k, T* out) {
@@ -87,7 +90,10 @@ AF_VECTORISED void finish_tile(const float* AF_RESTRICT sums, const float* AF_RE
 
 template <class T, class O>
 void multiply(const T* x, int64_t m, int64_t k, const T* packed, const float* bias, int64_t n, O* out) {
-  const int64_t columns = blocks(n);
+  const bool is_short = m <= kBlock;
+  const int64_t width = is_short && blocks(n) < kFewBlocks ? kBlock / 2 : kBlock, columns = (n + width - 1) / width;
+  const int64_t pair = std::is_same_v<T, bf16> ? 2 : 1;
+  const auto weights_of = [&](int64_t column) { return packed + column / kBlock * kBlock * k + column % kBlock * pair; };
   const int64_t chunk =
       std::max<int64_t>(kBlock, kCachedBytes / (k * static_cast<int64_t>(sizeof(T))) / kBlock * kBlock);
   const int64_t chunks = (m + chunk - 1) / chunk;
@@ -95,66 +101,20 @@ void multiply(const T* x, int64_t m, int64_t k, const T* packed, const float* bi
     auto scope = gemm_scope<T>();
     float* sums = scratch<float, 0>(kBlock * kBlock);
     for (int64_t task = begin; task < end; task++) {
-      const int64_t column = task % columns * kBlock, first = task / columns * chunk;
-      const int64_t width = std::min(kBlock, n - column), last = std::min(m, first + chunk);
-      const T* block = packed + column * k;
-      // A short product reads its weights once: have the next block on its way meanwhile.
-      if (m <= kBlock && task + 1 < end) fetch_ahead(block + kBlock * k, kBlock * k * static_cast<int64_t>(sizeof(T)));
+      const int64_t column = task % columns * width, first = task / columns * chunk;
+      const int64_t wanted = std::min(width, n - column), last = std::min(m, first + chunk);
+      const T* block = weights_of(column);
+      // A short product reads its weights once: have the next ones on their way meanwhile.
+      if (is_short && task + 1 < end)
+        for (int64_t i = 0; i < k; i += pair)
+          fetch_ahead(weights_of(column + width) + i * kBlock, width * pair * static_cast<int64_t>(sizeof(T)));
       for (int64_t row = first; row < last; row += kBlock) {
         const int64_t rows = std::min(kBlock, last - row);
-        gemm(rows, kBlock, k, k, kBlock, kBlock, false, x + row * k, block, sums);
-        finish_tile(sums, bias ? bias + column : nullptr, rows, width, n, out + row * n + column);
+        gemm(rows, width, k, k, kBlock, kBlock, false, x + row * k, block, sums);
+        finish_tile(sums, bias ? bias + column : nullptr, rows, wanted, n, out + row * n + column);
       }
     }
   });
-}
-
-// g's `columns` columns as rows of `padded` values: B's partner when a product sums over tokens.
-template <class T>
-void transpose_slab(const T* g, int64_t tokens, int64_t columns, int64_t stride, int64_t padded, T* out) {
-  const int64_t whole_tokens = tokens / 8 * 8, whole_columns = columns / 8 * 8;
-  for (int64_t t = 0; t < whole_tokens; t += 8)
-    for (int64_t c = 0; c < whole_columns; c += 8) transpose_8x8(g + t * stride + c, stride, out + c * padded + t, padded);
-  for (int64_t c = 0; c < columns; c++) {
-    T* row = out + c * padded;
-    for (int64_t t = c < whole_columns ? whole_tokens : 0; t < tokens; t++) row[t] = g[t * stride + c];
-    std::fill(row + tokens, row + padded, T(0.0f));
-  }
-}
-
-template <class T>
-AF_VECTORISED void pack_slab(const T* x, int64_t tokens, int64_t columns, int64_t stride, int64_t padded, T* out) {
-  pack_rows(x, tokens, columns, stride, kBlock, padded, out);
-}
-
-template <class T>
-void sum_weight_gradient(const at::Tensor& g, const at::Tensor& x, float* sum) {
-  const int64_t m = g.size(0), n = g.size(1), k = x.size(1), stride = g.stride(0);
-  const T* gs = static_cast<const T*>(g.const_data_ptr());
-  const T* xs = static_cast<const T*>(x.const_data_ptr());
-  const int64_t k_blocks = blocks(k);
-  const at::Tensor packed = at::empty({k_blocks * kTokens * kBlock}, x.options());
-  T* pack = static_cast<T*>(packed.mutable_data_ptr());
-  // The last block of x may be narrower than the sums' rows allow to be written whole.
-  for (int64_t first = 0; first < m; first += kTokens) {
-    const int64_t tokens = std::min(kTokens, m - first), padded = round_up(tokens, kBlock);
-    at::parallel_for(0, k_blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; b++)
-        pack_slab(xs + first * k + b * kBlock, tokens, std::min(kBlock, k - b * kBlock), k, padded,
-                  pack + b * kTokens * kBlock);
-    });
-    at::parallel_for(0, blocks(n), 1, [&](int64_t begin, int64_t end) {
-      auto scope = gemm_scope<T>();
-      T* turned = scratch<T, 1>(kBlock * kTokens);
-      for (int64_t b = begin; b < end; b++) {
-        const int64_t column = b * kBlock, rows = std::min(kBlock, n - column);
-        transpose_slab(gs + first * stride + column, tokens, rows, stride, padded, turned);
-        for (int64_t kb = 0; kb < k_blocks; kb++)
-          gemm(rows, std::min(kBlock, k - kb * kBlock), padded, padded, kBlock, k, true, turned,
-               pack + kb * kTokens * kBlock, sum + column * k + kb * kBlock);
-      }
-    });
-  }
 }
 
 // Every change in place counts a tensor's version up.
@@ -164,58 +124,68 @@ std::vector<int64_t> versions_of(const std::vector<at::Tensor>& tensors) {
   return versions;
 }
 
-void check_sum(const at::Tensor& sum, const at::Tensor& like, at::IntArrayRef shape) {
-  TORCH_CHECK(sum.sizes() == shape && sum.is_contiguous() && sum.device() == like.device(), "a gradient's sum became ",
-              sum.sizes(), " where ", shape, " belongs");
+// f(x), and what the norm divided by.
+at::Tensor fed(const at::Tensor& x, const Before& before, at::Tensor* rstd) {
+  switch (before.kind) {
+    case Before::kNorm: return norm_forward(x, before.weight, before.eps, rstd);
+    case Before::kSwiglu: return swiglu(x);
+    default: return x;
+  }
+}
+
+at::Tensor fed_backward(const at::Tensor& x, const Before& before, const at::Tensor& rstd, const at::Tensor& g) {
+  switch (before.kind) {
+    case Before::kNorm: return norm_backward(x, before.weight, rstd, g, before.grad);
+    case Before::kSwiglu: return swiglu_backward(x, g);
+    default: return g;
+  }
 }
 
 // Autograd's view: y depends on x; what the weights get is added on the way.
 struct LinearGraph : public torch::autograd::Function<LinearGraph> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, int64_t map, bool wide) {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, int64_t map, int64_t first,
+                            bool wide) {
     auto& linear = *reinterpret_cast<Linear*>(map);
-    ctx->save_for_backward({x});
+    const auto& before = *reinterpret_cast<const Before*>(first);
+    ctx->save_for_backward({x, before.weight});
+    ctx->saved_data["before"] = static_cast<int64_t>(before.kind);
+    ctx->saved_data["norm_grad"] =
+        before.grad.defined() ? std::optional<at::Tensor>(before.grad) : std::optional<at::Tensor>();
+    ctx->saved_data["eps"] = before.eps;
     ctx->saved_data["weights"] = linear.weights;
     ctx->saved_data["grads"] = linear.grads;
     ctx->saved_data["bias_grads"] = linear.bias_grads;
     ctx->saved_data["versions"] = versions_of(linear.weights);
-    return linear.forward(x, wide);
+    return linear.forward(fed(x, before, nullptr), wide);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list outputs) {
     at::NoGradGuard no_grad;
-    const at::Tensor x = ctx->get_saved_variables()[0];
+    const auto saved = ctx->get_saved_variables();
+    const auto norm_grad = ctx->saved_data["norm_grad"].toOptional<at::Tensor>();
+    const Before before{static_cast<Before::Kind>(ctx->saved_data["before"].toInt()), saved[1],
+                        norm_grad ? *norm_grad : at::Tensor(), ctx->saved_data["eps"].toDouble()};
+    at::Tensor rstd;
+    const at::Tensor x = fed(saved[0], before, &rstd);
     const at::Tensor g = outputs[0].to(x.scalar_type()).contiguous();
     const auto weights = ctx->saved_data["weights"].toTensorVector();
     TORCH_CHECK(versions_of(weights) == ctx->saved_data["versions"].toIntVector(),
                 "a weight was changed in place between a linear map's way forward and its way back");
-    auto grads = ctx->saved_data["grads"].toTensorVector();
-    auto bias_grads = ctx->saved_data["bias_grads"].toTensorVector();
-    at::Tensor gx;
+    const auto grads = ctx->saved_data["grads"].toTensorVector();
+    const auto bias_grads = ctx->saved_data["bias_grads"].toTensorVector();
+    if (!grads.empty()) add_weight_gradients(g, x, grads);
     int64_t column = 0;
-    for (size_t i = 0; i < weights.size(); i++) {
-      const int64_t n = weights[i].size(0);
-      const at::Tensor part = g.narrow(1, column, n);
-      gx = gx.defined() ? gx.addmm_(part, weights[i]) : at::mm(part, weights[i]);
-      if (!grads.empty()) add_weight_gradient(part, x, grads[i]);
-      if (!bias_grads.empty()) bias_grads[i].add_(part.sum(0, false, at::kFloat));
-      column += n;
+    for (const auto& bias_grad : bias_grads) {
+      bias_grad.add_(g.narrow(1, column, bias_grad.size(0)).sum(0, false, at::kFloat));
+      column += bias_grad.size(0);
     }
-    return {gx, at::Tensor(), at::Tensor()};
+    // One product, so that the sum over all weights is rounded once.
+    const at::Tensor gx = at::mm(g, weights.size() == 1 ? weights[0] : at::cat(weights));
+    return {fed_backward(saved[0], before, rstd, gx), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
 }  // namespace
-
-void add_weight_gradient(const at::Tensor& g, const at::Tensor& x, at::Tensor sum) {
-  check_sum(sum, x, {g.size(1), x.size(1)});
-  if (!has_gemm(x)) {
-    sum.add_(at::mm(g.t(), x).to(at::kFloat));
-  } else if (x.scalar_type() == at::kBFloat16) {
-    sum_weight_gradient<bf16>(g, x, sum.data_ptr<float>());
-  } else {
-    sum_weight_gradient<float>(g, x, sum.data_ptr<float>());
-  }
-}
 
 const at::Tensor& Linear::packed() {
   // Packed weights can never be those of an older policy.
@@ -292,12 +262,13 @@ void Linear::check() const {
   TORCH_CHECK(biases.empty() || shifts == outputs, "the biases became ", shifts, " where ", outputs, " belong");
 }
 
-at::Tensor Linear::apply(const at::Tensor& x, bool wide) {
+at::Tensor Linear::apply(const at::Tensor& input, const Before& before, bool wide) {
   check();
   // Dense before it is recorded: the way back reads the same rows.
+  const at::Tensor x = input.contiguous();
   if (at::GradMode::is_enabled() && x.requires_grad())
-    return LinearGraph::apply(x.contiguous(), reinterpret_cast<int64_t>(this), wide);
-  return forward(x, wide);
+    return LinearGraph::apply(x, reinterpret_cast<int64_t>(this), reinterpret_cast<int64_t>(&before), wide);
+  return forward(fed(x, before, nullptr), wide);
 }
 
 }  // namespace af

@@ -1,4 +1,4 @@
-// Linear maps with weights kept in the micro-kernel's layout.
+// Linear maps with weights kept in the micro-kernel's layout, and the pointwise operators before them.
 #pragma once
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -6,7 +6,17 @@
 
 namespace af {
 
-// y = x · [W₁; W₂; …]ᵀ + [b₁; b₂; …]: maps of one input, computed as one.
+// What a map's input goes through first. The result is not kept for the way back but computed again from what went in:
+// it is as large as all else that a layer keeps of it, and costs next to nothing beside the map.
+struct Before {
+  enum Kind : int { kNothing = 0, kNorm = 1, kSwiglu = 2 };
+  Kind kind = kNothing;
+  // Of the norm: see rms_norm().
+  at::Tensor weight, grad;
+  double eps = 0.0;
+};
+
+// y = f(x) · [W₁; W₂; …]ᵀ + [b₁; b₂; …]: maps of one input, computed as one.
 struct Linear {
   std::vector<at::Tensor> weights;  // [nᵢ, k]
   std::vector<at::Tensor> biases;   // [nᵢ], or none at all
@@ -17,8 +27,8 @@ struct Linear {
 
   // y in x's kind or, with `wide`, in f32 as it was summed. Differentiable in x where that is asked for; the weights'
   // gradients are added to `grads` on the way back.
-  at::Tensor apply(const at::Tensor& x, bool wide);
-  // y without autograd.
+  at::Tensor apply(const at::Tensor& x, const Before& before, bool wide);
+  // y of f(x), without autograd.
   at::Tensor forward(const at::Tensor& x, bool wide);
 
   // An error unless weights and sums still have the shapes that they came with: kernels write by them.
@@ -31,8 +41,5 @@ struct Linear {
   at::Tensor packed_;
   std::vector<int64_t> packed_versions_;
 };
-
-// sum += gᵀ · x, f32 [n, k]; g [m, n] and x [m, k] of one kind. Rows of g may lie apart.
-void add_weight_gradient(const at::Tensor& g, const at::Tensor& x, at::Tensor sum);
 
 }  // namespace af

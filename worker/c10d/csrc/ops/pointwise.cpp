@@ -9,8 +9,9 @@
 namespace af {
 namespace {
 
-// Rows that one task takes. Waking a thread that sleeps takes as long as some hundred thousand numbers here.
-int64_t grain(int64_t width) { return std::max<int64_t>(1, (256 << 10) / std::max<int64_t>(1, width)); }
+// Rows that one task takes. A thread that has just worked waits awake and starts within a microsecond or two, in which
+// some ten thousand numbers are computed; a decode step has little more in each of its hundred operators.
+int64_t grain(int64_t width) { return std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(1, width)); }
 
 bool fast(const at::Tensor& x) {
   return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
@@ -60,6 +61,8 @@ AF_VECTORISED void norm_row_backward(const T* AF_RESTRICT x, const T* AF_RESTRIC
   }
 }
 
+}  // namespace
+
 at::Tensor norm_forward(const at::Tensor& x, const at::Tensor& weight, double eps, at::Tensor* rstd) {
   const int64_t n = weight.size(0), rows = x.numel() / n;
   if (!fast(x)) {
@@ -85,6 +88,35 @@ at::Tensor norm_forward(const at::Tensor& x, const at::Tensor& weight, double ep
   return y;
 }
 
+at::Tensor norm_backward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd, const at::Tensor& g,
+                         const at::Tensor& grad) {
+  const int64_t n = weight.size(0), rows = x.numel() / n;
+  if (!fast(x)) {
+    const at::Tensor normed = x.to(at::kFloat) * rstd, wide = g.to(at::kFloat), wg = wide * weight.to(at::kFloat);
+    const at::Tensor dx = rstd * (wg - normed * (wg * normed).mean(-1, true));
+    if (grad.defined()) grad.add_((wide * normed).reshape({rows, n}).sum(0));
+    return dx.to(x.scalar_type());
+  }
+  const at::Tensor dx = at::empty_like(x);
+  // One sum a stretch of rows, added in the rows' order: the same bits however many threads there are.
+  const int64_t stretch = 256, stretches = (rows + stretch - 1) / stretch;
+  const at::Tensor sums = at::zeros({stretches, n}, x.options().dtype(at::kFloat));
+  by_kind(x, [&](auto zero) {
+    using T = decltype(zero);
+    at::parallel_for(0, stretches, 1, [&](int64_t begin, int64_t end) {
+      const FlushTiny flush;
+      for (int64_t s = begin; s < end; s++)
+        for (int64_t i = s * stretch; i < std::min(rows, (s + 1) * stretch); i++)
+          norm_row_backward(in<T>(x) + i * n, in<T>(weight), in<T>(g) + i * n, rstd.const_data_ptr<float>()[i], n,
+                            out<T>(dx) + i * n, sums.mutable_data_ptr<float>() + s * n);
+    });
+  });
+  if (grad.defined()) grad.add_(sums.sum(0));
+  return dx;
+}
+
+namespace {
+
 struct NormGraph : public torch::autograd::Function<NormGraph> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                             const std::optional<at::Tensor>& grad, double eps) {
@@ -98,31 +130,9 @@ struct NormGraph : public torch::autograd::Function<NormGraph> {
                                                  torch::autograd::variable_list outputs) {
     at::NoGradGuard no_grad;
     const auto saved = ctx->get_saved_variables();
-    const at::Tensor &x = saved[0], &weight = saved[1], &rstd = saved[2];
-    const at::Tensor g = outputs[0].contiguous();
     const auto grad = ctx->saved_data["grad"].toOptional<at::Tensor>();
-    const int64_t n = weight.size(0), rows = x.numel() / n;
-    if (!fast(x)) {
-      const at::Tensor normed = x.to(at::kFloat) * rstd, wide = g.to(at::kFloat), wg = wide * weight.to(at::kFloat);
-      const at::Tensor dx = rstd * (wg - normed * (wg * normed).mean(-1, true));
-      if (grad) grad->add_((wide * normed).reshape({rows, n}).sum(0));
-      return {dx.to(x.scalar_type()), at::Tensor(), at::Tensor(), at::Tensor()};
-    }
-    const at::Tensor dx = at::empty_like(x);
-    // One sum a stretch of rows, added in the rows' order: the same bits however many threads there are.
-    const int64_t stretch = 256, stretches = (rows + stretch - 1) / stretch;
-    const at::Tensor sums = at::zeros({stretches, n}, x.options().dtype(at::kFloat));
-    by_kind(x, [&](auto zero) {
-      using T = decltype(zero);
-      at::parallel_for(0, stretches, 1, [&](int64_t begin, int64_t end) {
-        const FlushTiny flush;
-        for (int64_t s = begin; s < end; s++)
-          for (int64_t i = s * stretch; i < std::min(rows, (s + 1) * stretch); i++)
-            norm_row_backward(in<T>(x) + i * n, in<T>(weight), in<T>(g) + i * n, rstd.const_data_ptr<float>()[i], n,
-                              out<T>(dx) + i * n, sums.mutable_data_ptr<float>() + s * n);
-      });
-    });
-    if (grad) grad->add_(sums.sum(0));
+    const at::Tensor dx =
+        norm_backward(saved[0], saved[1], saved[2], outputs[0].contiguous(), grad ? *grad : at::Tensor());
     return {dx, at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
@@ -204,7 +214,9 @@ AF_VECTORISED void swiglu_row_backward(const T* AF_RESTRICT x, const T* AF_RESTR
   }
 }
 
-at::Tensor swiglu_forward(const at::Tensor& x) {
+}  // namespace
+
+at::Tensor swiglu(const at::Tensor& x) {
   const int64_t rows = x.size(0), n = x.size(1) / 2;
   if (!fast(x)) {
     const at::Tensor gate = x.narrow(1, 0, n).to(at::kFloat), up = x.narrow(1, n, n).to(at::kFloat);
@@ -221,34 +233,26 @@ at::Tensor swiglu_forward(const at::Tensor& x) {
   return y;
 }
 
-struct SwigluGraph : public torch::autograd::Function<SwigluGraph> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x) {
-    ctx->save_for_backward({x});
-    return swiglu_forward(x);
+at::Tensor swiglu_backward(const at::Tensor& x, const at::Tensor& g) {
+  const int64_t rows = x.size(0), n = x.size(1) / 2;
+  if (!fast(x)) {
+    const at::Tensor gate = x.narrow(1, 0, n).to(at::kFloat), up = x.narrow(1, n, n).to(at::kFloat);
+    const at::Tensor s = gate.sigmoid(), wide = g.to(at::kFloat);
+    return at::cat({wide * up * s * (1 + gate * (1 - s)), wide * gate * s}, 1).to(x.scalar_type());
   }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 torch::autograd::variable_list outputs) {
-    at::NoGradGuard no_grad;
-    const at::Tensor x = ctx->get_saved_variables()[0], g = outputs[0].contiguous();
-    const int64_t rows = x.size(0), n = x.size(1) / 2;
-    const at::Tensor dx = at::empty_like(x);
-    if (!fast(x)) {
-      const at::Tensor gate = x.narrow(1, 0, n).to(at::kFloat), up = x.narrow(1, n, n).to(at::kFloat);
-      const at::Tensor s = gate.sigmoid(), wide = g.to(at::kFloat);
-      const at::Tensor d = at::cat({wide * up * s * (1 + gate * (1 - s)), wide * gate * s}, 1);
-      return {d.to(x.scalar_type())};
-    }
-    by_kind(x, [&](auto zero) {
-      using T = decltype(zero);
-      at::parallel_for(0, rows, grain(x.size(1)), [&](int64_t begin, int64_t end) {
-        const FlushTiny flush;
-        for (int64_t i = begin; i < end; i++)
-          swiglu_row_backward(in<T>(x) + i * 2 * n, in<T>(g) + i * n, n, out<T>(dx) + i * 2 * n);
-      });
+  const at::Tensor dx = at::empty_like(x);
+  by_kind(x, [&](auto zero) {
+    using T = decltype(zero);
+    at::parallel_for(0, rows, grain(x.size(1)), [&](int64_t begin, int64_t end) {
+      const FlushTiny flush;
+      for (int64_t i = begin; i < end; i++)
+        swiglu_row_backward(in<T>(x) + i * 2 * n, in<T>(g) + i * n, n, out<T>(dx) + i * 2 * n);
     });
-    return {dx};
-  }
-};
+  });
+  return dx;
+}
+
+namespace {
 
 bool recorded(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
 
@@ -263,11 +267,6 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, const at::Ten
 at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, int64_t heads) {
   const at::Tensor dense = x.contiguous();
   return recorded(x) ? RotateGraph::apply(dense, cos, sin, heads) : rotate(dense, cos, sin, heads, 1.0f);
-}
-
-at::Tensor swiglu(const at::Tensor& x) {
-  const at::Tensor dense = x.contiguous();
-  return recorded(x) ? SwigluGraph::apply(dense) : swiglu_forward(dense);
 }
 
 }  // namespace af

@@ -1,4 +1,5 @@
-// The decoder's elementwise operators: each a single pass over memory, forward and back, computed in f32.
+// The decoder's elementwise operators: each a single pass over memory, forward and back, computed in f32. Those that
+// a linear map follows have their two ways here, without autograd, for the map to compute (see linear.h).
 #pragma once
 #include <ATen/ATen.h>
 
@@ -12,7 +13,14 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, const at::Ten
 // Hugging Face's half-split layout. Other columns pass through.
 at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, int64_t heads);
 
-// silu(gate) · up of rows [gate | up].
+// rms_norm() and its way back, on dense tensors: `rstd` [rows] f32 is what it divided by. → the gradient of x; `grad`
+// as above.
+at::Tensor norm_forward(const at::Tensor& x, const at::Tensor& weight, double eps, at::Tensor* rstd);
+at::Tensor norm_backward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd, const at::Tensor& g,
+                         const at::Tensor& grad);
+
+// silu(gate) · up of dense rows [gate | up], and the gradient of those rows.
 at::Tensor swiglu(const at::Tensor& x);
+at::Tensor swiglu_backward(const at::Tensor& x, const at::Tensor& g);
 
 }  // namespace af

@@ -41,6 +41,19 @@ unsafe extern "C" {
         wide: c_int,
         out: *mut *mut c_void,
     ) -> c_int;
+    pub(super) fn af_linear_apply_norm(
+        linear: *mut RawLinear,
+        x: *mut c_void,
+        weight: *mut c_void,
+        grad: *mut c_void,
+        eps: f64,
+        out: *mut *mut c_void,
+    ) -> c_int;
+    pub(super) fn af_linear_apply_swiglu(
+        linear: *mut RawLinear,
+        x: *mut c_void,
+        out: *mut *mut c_void,
+    ) -> c_int;
     pub(super) fn af_linear_backward(
         linear: *mut RawLinear,
         x: *mut c_void,
@@ -63,7 +76,6 @@ unsafe extern "C" {
         heads: i64,
         out: *mut *mut c_void,
     ) -> c_int;
-    pub(super) fn af_swiglu(x: *mut c_void, out: *mut *mut c_void) -> c_int;
 
     pub(super) fn af_attention(
         qkv: *mut c_void,

@@ -4,6 +4,7 @@ use std::ffi::c_void;
 
 use tch::{Device, Kind, Tensor};
 
+use super::pointwise::Norm;
 use super::{expect, expect_rows, ffi, is, is_floating, one, shown, size};
 use crate::Result;
 use crate::error::check;
@@ -108,6 +109,38 @@ impl Linear {
         self.call(x, false)
     }
 
+    /// Of x after the norm: [`Self::apply`] of [`rms_norm`](super::rms_norm). What the norm gives is not kept for the
+    /// way back but computed again.
+    ///
+    /// # Errors
+    /// As [`Self::apply`] and [`rms_norm`](super::rms_norm).
+    pub fn apply_norm(&self, x: &Tensor, norm: &Norm<'_>) -> Result<Tensor> {
+        self.fits("a linear map", x)?;
+        norm.check(x)?;
+        let grad = norm.grad.map_or(std::ptr::null_mut(), pointer);
+        // SAFETY: the map is live; x, and the norm's tensors with it, have its inputs' width and kind.
+        one(
+            || format!("a linear map of {}, normed, to {}", shown(x), self.outputs),
+            |out| unsafe {
+                ffi::af_linear_apply_norm(self.raw, pointer(x), pointer(norm.weight), grad, norm.eps, out)
+            },
+        )
+    }
+
+    /// Of silu(gate) · up of rows `[gate | up]` (SwiGLU, Shazeer 2020): `[n, 2·k]` → `[n, Σ nᵢ]`. The product is not
+    /// kept for the way back but computed again.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    pub fn apply_swiglu(&self, x: &Tensor) -> Result<Tensor> {
+        self.fits_times("a linear map after SwiGLU", x, 2)?;
+        // SAFETY: the map is live and x is rows of twice its inputs' width, of their kind.
+        one(
+            || format!("a linear map of SwiGLU of {} to {}", shown(x), self.outputs),
+            |out| unsafe { ffi::af_linear_apply_swiglu(self.raw, pointer(x), out) },
+        )
+    }
+
     /// The same in f32, as it was summed. For the head: logits that were never rounded.
     ///
     /// # Errors
@@ -146,9 +179,16 @@ impl Linear {
     }
 
     fn fits(&self, operation: &'static str, x: &Tensor) -> Result<()> {
+        self.fits_times(operation, x, 1)
+    }
+
+    /// Whether x is rows of so many times the map's inputs.
+    fn fits_times(&self, operation: &'static str, x: &Tensor, times: i64) -> Result<()> {
         let (_, width) = expect_rows(operation, x)?;
-        expect(operation, width == self.inputs && is(x, self.kind, self.device), || {
-            format!("needs rows of {} {:?} on {:?}, got {}", self.inputs, self.kind, self.device, shown(x))
+        let needed = self.inputs.checked_mul(times);
+        expect(operation, needed == Some(width) && is(x, self.kind, self.device), || {
+            let inputs = self.inputs;
+            format!("needs rows of {times} × {inputs} {:?} on {:?}, got {}", self.kind, self.device, shown(x))
         })
     }
 }

@@ -25,7 +25,7 @@ pub use attention::{Heads, PAGE_TOKENS, attention, page_numbers};
 pub use fixed::{FixedStep, StepShape};
 pub use linear::Linear;
 pub use paged::{PagedStep, paged_attention};
-pub use pointwise::{rms_norm, rope, swiglu};
+pub use pointwise::{Norm, rms_norm, rope};
 pub use vocabulary::{Draw, TokenTerms, is_divisor, sample, token_terms};
 
 use crate::error::check;

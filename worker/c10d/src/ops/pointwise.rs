@@ -1,4 +1,4 @@
-//! Norm, rotary embedding and SwiGLU, each one pass over memory forward and back.
+//! Norm and rotary embedding, each one pass over memory forward and back.
 
 use tch::{Kind, Tensor};
 
@@ -7,29 +7,47 @@ use crate::Result;
 use crate::group::pointer;
 
 /// x / √(mean(x²) + eps) · weight over the last dimension of `[…, n]` (Zhang & Sennrich 2019), computed in f32 and
-/// rounded once. `grad`, f32 `[n]`, sums the weight's gradient.
+/// rounded once.
+#[derive(Debug, Clone, Copy)]
+pub struct Norm<'a> {
+    /// `[n]`, of x's kind.
+    pub weight: &'a Tensor,
+    /// f32 `[n]`: sums the weight's gradient, where it is trained.
+    pub grad: Option<&'a Tensor>,
+    /// At least 0.
+    pub eps: f64,
+}
+
+impl Norm<'_> {
+    pub(super) fn check(&self, x: &Tensor) -> Result<()> {
+        let (operation, Self { weight, grad, eps }) = ("RMS norm", *self);
+        let width = size(x).last().copied().unwrap_or(0);
+        let fits = width > 0
+            && is_floating(x)
+            && is(weight, x.kind(), x.device())
+            && weight.size() == [width]
+            && weight.is_contiguous();
+        expect(operation, fits, || format!("of {} with weight {}", shown(x), shown(weight)))?;
+        expect(operation, eps >= 0.0 && eps.is_finite(), || {
+            format!("with eps {eps}, which must be at least 0")
+        })?;
+        let Some(grad) = grad else { return Ok(()) };
+        let fits = is(grad, Kind::Float, x.device()) && grad.size() == [width];
+        expect(operation, fits, || format!("its gradient is {}, not [{width}] Float", shown(grad)))
+    }
+}
+
+/// The norm of `[…, n]`.
 ///
 /// # Errors
 /// When the shapes or kinds do not fit, or memory is out.
-pub fn rms_norm(x: &Tensor, weight: &Tensor, grad: Option<&Tensor>, eps: f64) -> Result<Tensor> {
-    let operation = "RMS norm";
-    let width = size(x).last().copied().unwrap_or(0);
-    let fits = width > 0
-        && is_floating(x)
-        && is(weight, x.kind(), x.device())
-        && weight.size() == [width]
-        && weight.is_contiguous();
-    expect(operation, fits, || format!("of {} with weight {}", shown(x), shown(weight)))?;
-    expect(operation, eps >= 0.0 && eps.is_finite(), || format!("with eps {eps}, which must be at least 0"))?;
-    if let Some(grad) = grad {
-        let fits = is(grad, Kind::Float, x.device()) && grad.size() == [width];
-        expect(operation, fits, || format!("its gradient is {}, not [{width}] Float", shown(grad)))?;
-    }
-    let grad = grad.map_or(std::ptr::null_mut(), pointer);
+pub fn rms_norm(x: &Tensor, norm: &Norm<'_>) -> Result<Tensor> {
+    norm.check(x)?;
+    let grad = norm.grad.map_or(std::ptr::null_mut(), pointer);
     // SAFETY: live tensors (or null for no gradient) whose shapes and kinds fit.
     one(
-        || operation.to_owned(),
-        |out| unsafe { ffi::af_rms_norm(pointer(x), pointer(weight), grad, eps, out) },
+        || "RMS norm".to_owned(),
+        |out| unsafe { ffi::af_rms_norm(pointer(x), pointer(norm.weight), grad, norm.eps, out) },
     )
 }
 
@@ -53,16 +71,4 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, heads: i64) -> Result<Tensor
         || operation.to_owned(),
         |out| unsafe { ffi::af_rope(pointer(x), pointer(cos), pointer(sin), heads, out) },
     )
-}
-
-/// silu(gate) · up of rows `[gate | up]`, `[n, 2·m]` → `[n, m]` (Shazeer 2020).
-///
-/// # Errors
-/// When the width is odd, or memory is out.
-pub fn swiglu(x: &Tensor) -> Result<Tensor> {
-    let operation = "SwiGLU";
-    let (_, width) = expect_rows(operation, x)?;
-    expect(operation, width % 2 == 0, || format!("of {}", shown(x)))?;
-    // SAFETY: a live tensor of rows of even width.
-    one(|| operation.to_owned(), |out| unsafe { ffi::af_swiglu(pointer(x), out) })
 }

@@ -7,7 +7,7 @@ use agentfly_c10d::ops::{
 use tch::{Device, Kind, Tensor};
 
 use crate::attention::heads;
-use crate::util::{KINDS, Numbers, assert_same_bits, has_kernels, leaf, starts, zeros};
+use crate::util::{KINDS, Numbers, assert_same_bits, has_kernels, leaf, norm, starts, swiglu, zeros};
 
 /// A sequence's rows, and how many of them each step takes.
 pub(crate) struct Chain {
@@ -190,14 +190,14 @@ fn everything(kind: Kind) -> Vec<Tensor> {
     let h = heads(6, 2, 32);
     let lengths = [100, 3, 200];
     let x = leaf(&numbers.tensor(&[303, 576], kind), kind);
-    let norm = numbers.tensor(&[576], kind);
+    let scale = numbers.tensor(&[576], kind);
     let norm_sum = zeros(&[576], Kind::Float);
     let weight = numbers.tensor(&[h.row(), 576], kind) * 0.1;
     let sum = zeros(&weight.size(), Kind::Float);
     let map = Linear::new(&[&weight], &[]).unwrap();
     map.train(&[&sum], &[]).unwrap();
-    let qkv = map.apply(&ops::rms_norm(&x, &norm, Some(&norm_sum), 1e-5).unwrap()).unwrap();
-    let y = ops::swiglu(&attention(&qkv, &starts(&lengths), h).unwrap()).unwrap();
+    let qkv = map.apply_norm(&x, &norm(&scale, Some(&norm_sum), 1e-5)).unwrap();
+    let y = swiglu(&attention(&qkv, &starts(&lengths), h).unwrap());
     let g = numbers.tensor(&y.size(), kind);
     ops::backward(&y, &g).unwrap();
     let chains = Chain::split(&qkv.detach(), &lengths, |length| vec![length - 1, 1]);

@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 
 use crate::attention::heads;
 use crate::batch::{Chain, through_cache};
-use crate::util::{KINDS, Numbers, from_bits, leaf, starts, zeros};
+use crate::util::{KINDS, Numbers, from_bits, leaf, norm, starts, swiglu, zeros};
 
 /// Every form of NaN: quiet and not, of both signs, with the payloads that rounding could carry away.
 fn nans(kind: Kind) -> Vec<Tensor> {
@@ -89,10 +89,10 @@ fn norm_rope_and_swiglu_of_nan_are_nan() {
         let (cos, sin) = (angle.cos(), angle.sin());
         for evil in evils(kind) {
             let bad = with(&x, 2, 5, &evil);
-            let y = ops::rms_norm(&bad, &weight, None, 1e-5).unwrap();
+            let y = ops::rms_norm(&bad, &norm(&weight, None, 1e-5)).unwrap();
             assert!(all_nan(&y.get(2).get(5)), "norm of {evil:?} in {kind:?} is {y:?}");
             let bad_weight = with(&weight.view([1, 24]), 0, 5, &evil).view(24);
-            let y = ops::rms_norm(&x, &bad_weight, None, 1e-5).unwrap();
+            let y = ops::rms_norm(&x, &norm(&bad_weight, None, 1e-5)).unwrap();
             assert!(no_number(&y.select(1, 5)), "norm by {evil:?} in {kind:?}");
             let y = ops::rope(&bad, &cos, &sin, 3).unwrap();
             // Column 5 is in the first head's second half: it is turned into column 1, too.
@@ -102,20 +102,20 @@ fn norm_rope_and_swiglu_of_nan_are_nan() {
             );
             for column in [5, 17] {
                 let bad = leaf(&with(&x, 2, column, &evil), kind);
-                let y = ops::swiglu(&bad).unwrap();
+                let y = swiglu(&bad);
                 let far_gate = column == 5 && evil.double_value(&[0]) == f64::NEG_INFINITY;
                 assert!(far_gate || no_number(&y.get(2).get(5)), "swiglu of {evil:?} in {kind:?} is {y:?}");
             }
         }
         for nan in nans(kind) {
             let x = leaf(&x, kind);
-            ops::backward(&ops::swiglu(&x).unwrap(), &with(&zeros(&[4, 12], kind), 1, 5, &nan)).unwrap();
+            ops::backward(&swiglu(&x), &with(&zeros(&[4, 12], kind), 1, 5, &nan)).unwrap();
             assert!(
                 all_nan(&x.grad().get(1).get(5)) && all_nan(&x.grad().get(1).get(17)),
                 "{nan:?} {kind:?}"
             );
             let x = leaf(&x, kind);
-            let y = ops::rms_norm(&x, &weight, None, 1e-5).unwrap();
+            let y = ops::rms_norm(&x, &norm(&weight, None, 1e-5)).unwrap();
             ops::backward(&y, &with(&zeros(&[4, 24], kind), 1, 5, &nan)).unwrap();
             assert!(all_nan(&x.grad().get(1)), "{nan:?} {kind:?}");
         }

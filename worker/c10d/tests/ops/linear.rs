@@ -4,7 +4,9 @@ use agentfly_c10d::ops::{self, Linear};
 use agentfly_c10d::{AdamWHyper, AdamWState, fused_adamw};
 use tch::{Kind, Tensor};
 
-use crate::util::{KINDS, Numbers, assert_same_bits, assert_true, different_bits, has_kernels, leaf, zeros};
+use crate::util::{
+    KINDS, Numbers, assert_same_bits, assert_true, different_bits, has_kernels, leaf, norm, swiglu, zeros,
+};
 
 /// Rows of the weights, columns, rows of x, biased.
 type Case = (&'static [i64], i64, i64, bool);
@@ -255,5 +257,45 @@ fn a_weight_changed_between_the_ways_is_an_error() {
         drop(weights[0].shallow_clone().fill_(1.0));
         let error = ops::backward(&y, &y.detach()).unwrap_err();
         assert!(error.to_string().contains("in place"), "{error}");
+    }
+}
+
+/// y and all gradients of a map after its norm or SwiGLU, in one or one after the other.
+fn after(kind: Kind, seed: u64, gated: bool, apart: bool) -> Vec<Tensor> {
+    let mut numbers = Numbers::new(seed);
+    let (rows, width) = (300, 96);
+    let x = leaf(&numbers.tensor(&[rows, if gated { 2 * width } else { width }], kind), kind);
+    let (scale, scale_sum) = (numbers.tensor(&[width], kind), zeros(&[width], Kind::Float));
+    let ours = Ours::new(
+        &[numbers.tensor(&[40, width], kind), numbers.tensor(&[24, width], kind)],
+        &[numbers.tensor(&[40], kind), numbers.tensor(&[24], kind)],
+    );
+    let norm = norm(&scale, Some(&scale_sum), 1e-5);
+    let y = match (gated, apart) {
+        (true, true) => ours.map.apply(&swiglu(&x)),
+        (true, false) => ours.map.apply_swiglu(&x),
+        (false, true) => ours.map.apply(&ops::rms_norm(&x, &norm).unwrap()),
+        (false, false) => ours.map.apply_norm(&x, &norm),
+    };
+    let y = y.unwrap();
+    ops::backward(&y, &numbers.tensor(&[rows, 64], kind)).unwrap();
+    let sums = ours.gradients().map(Tensor::shallow_clone);
+    let mut all: Vec<Tensor> = [y, x.grad()].into_iter().chain(sums).collect();
+    all.push(scale_sum);
+    all
+}
+
+#[test]
+fn a_map_after_a_norm_or_swiglu_is_the_two_one_after_the_other() {
+    // f64 goes by libtorch's operators.
+    for kind in [Kind::Float, Kind::BFloat16, Kind::Double] {
+        for gated in [false, true] {
+            let (one, two) = (after(kind, 5, gated, false), after(kind, 5, gated, true));
+            for (part, (one, two)) in one.iter().zip(&two).enumerate() {
+                assert_same_bits(&format!("part {part} {kind:?}, gated: {gated}"), one, two);
+            }
+            let moved = one[..6].iter().all(|t| t.abs().max().double_value(&[]) > 0.0);
+            assert!(moved, "y or a gradient is zero in {kind:?}");
+        }
     }
 }

@@ -2,13 +2,13 @@
 
 use agentfly_c10d::ops::{
     self, Draw, Heads, Linear, PagedStep, attention, page_numbers, paged_attention, rms_norm, rope, sample,
-    swiglu, token_terms,
+    token_terms,
 };
 use agentfly_c10d::{ErrorKind, Result};
 use tch::{Device, Kind, Tensor};
 
 use crate::attention::heads;
-use crate::util::{KINDS, indices, leaf, zeros};
+use crate::util::{KINDS, indices, leaf, norm, swiglu, zeros};
 
 fn ones(shape: &[i64]) -> Tensor {
     Tensor::ones(shape, (Kind::Float, Device::Cpu))
@@ -63,6 +63,23 @@ fn linear_maps_refuse_what_does_not_fit() {
         refused(what, map.apply(&x));
         refused(what, map.apply_wide(&x));
         refused(what, map.backward(&x, &ones(&[2, 3])));
+        refused(what, map.apply_norm(&x, &norm(&ones(&[4]), None, 1e-5)));
+    }
+    for (what, weight, grad) in [
+        ("a short norm", ones(&[3]), ones(&[4])),
+        ("a norm of another kind", ones(&[4]).to_kind(Kind::Double), ones(&[4])),
+        ("a norm's short sum", ones(&[4]), ones(&[3])),
+    ] {
+        refused(what, map.apply_norm(&ones(&[2, 4]), &norm(&weight, Some(&grad), 1e-5)));
+    }
+    for (what, x) in [
+        ("gates alone", ones(&[2, 4])),
+        ("an odd width", ones(&[2, 7])),
+        ("a vector", ones(&[8])),
+        ("another kind", ones(&[2, 8]).to_kind(Kind::BFloat16)),
+        ("nothing", Tensor::new()),
+    ] {
+        refused(what, map.apply_swiglu(&x));
     }
     for (what, g) in [
         ("other rows", ones(&[1, 3])),
@@ -113,22 +130,22 @@ fn a_weight_or_a_sum_that_changes_its_shape_is_an_error() {
 }
 
 #[test]
-fn norm_rope_and_swiglu_refuse_what_does_not_fit() {
+fn norm_and_rope_refuse_what_does_not_fit() {
     let (x, w) = (ones(&[2, 8]), ones(&[8]));
     for (what, result) in [
-        ("a long weight", rms_norm(&x, &ones(&[9]), None, 1e-5)),
-        ("another kind", rms_norm(&x, &w.to_kind(Kind::BFloat16), None, 1e-5)),
-        ("whole numbers", rms_norm(&x.to_kind(Kind::Int64), &w.to_kind(Kind::Int64), None, 1e-5)),
-        ("a weight apart", rms_norm(&x, &ones(&[16]).slice(0, 0, 16, 2), None, 1e-5)),
-        ("a scalar", rms_norm(&ones(&[]), &ones(&[]), None, 1e-5)),
-        ("no columns", rms_norm(&ones(&[2, 0]), &ones(&[0]), None, 1e-5)),
-        ("a short sum", rms_norm(&x, &w, Some(&ones(&[7])), 1e-5)),
-        ("a sum of another kind", rms_norm(&x, &w, Some(&w.to_kind(Kind::BFloat16)), 1e-5)),
-        ("a negative eps", rms_norm(&x, &w, None, -1.0)),
-        ("no eps", rms_norm(&x, &w, None, f64::NAN)),
-        ("nothing", rms_norm(&Tensor::new(), &w, None, 1e-5)),
-        ("no weight", rms_norm(&x, &Tensor::new(), None, 1e-5)),
-        ("no sum", rms_norm(&x, &w, Some(&Tensor::new()), 1e-5)),
+        ("a long weight", rms_norm(&x, &norm(&ones(&[9]), None, 1e-5))),
+        ("another kind", rms_norm(&x, &norm(&w.to_kind(Kind::BFloat16), None, 1e-5))),
+        ("whole numbers", rms_norm(&x.to_kind(Kind::Int64), &norm(&w.to_kind(Kind::Int64), None, 1e-5))),
+        ("a weight apart", rms_norm(&x, &norm(&ones(&[16]).slice(0, 0, 16, 2), None, 1e-5))),
+        ("a scalar", rms_norm(&ones(&[]), &norm(&ones(&[]), None, 1e-5))),
+        ("no columns", rms_norm(&ones(&[2, 0]), &norm(&ones(&[0]), None, 1e-5))),
+        ("a short sum", rms_norm(&x, &norm(&w, Some(&ones(&[7])), 1e-5))),
+        ("a sum of another kind", rms_norm(&x, &norm(&w, Some(&w.to_kind(Kind::BFloat16)), 1e-5))),
+        ("a negative eps", rms_norm(&x, &norm(&w, None, -1.0))),
+        ("no eps", rms_norm(&x, &norm(&w, None, f64::NAN))),
+        ("nothing", rms_norm(&Tensor::new(), &norm(&w, None, 1e-5))),
+        ("no weight", rms_norm(&x, &norm(&Tensor::new(), None, 1e-5))),
+        ("no sum", rms_norm(&x, &norm(&w, Some(&Tensor::new()), 1e-5))),
     ] {
         refused(what, result);
     }
@@ -147,10 +164,6 @@ fn norm_rope_and_swiglu_refuse_what_does_not_fit() {
         ("whole numbers", rope(&x.to_kind(Kind::Int64), &a, &a, 1)),
         ("nothing", rope(&Tensor::new(), &a, &a, 1)),
         ("no cosines", rope(&x, &Tensor::new(), &a, 1)),
-        ("an odd width", swiglu(&ones(&[2, 7]))),
-        ("a vector", swiglu(&w)),
-        ("whole numbers", swiglu(&x.to_kind(Kind::Int64))),
-        ("nothing", swiglu(&Tensor::new())),
     ] {
         refused(what, result);
     }
@@ -353,7 +366,7 @@ fn draws_out_of_range_are_refused() {
 #[test]
 fn backward_of_what_was_not_recorded_is_an_error() {
     let x = leaf(&ones(&[2, 4]), Kind::Float);
-    let y = swiglu(&x).unwrap();
+    let y = swiglu(&x);
     assert!(ops::backward(&ones(&[2]), &ones(&[2])).is_err());
     assert!(ops::backward(&y, &ones(&[3, 3])).is_err());
     assert!(ops::backward(&y, &Tensor::new()).is_err());

@@ -40,6 +40,18 @@ impl Numbers {
     }
 }
 
+/// The norm by this weight.
+pub(crate) fn norm<'a>(weight: &'a Tensor, grad: Option<&'a Tensor>, eps: f64) -> ops::Norm<'a> {
+    ops::Norm { weight, grad, eps }
+}
+
+/// SwiGLU alone: before the map that changes nothing.
+pub(crate) fn swiglu(x: &Tensor) -> Tensor {
+    let width = x.size()[1] / 2;
+    let same = Tensor::eye(width, (x.kind(), Device::Cpu));
+    ops::Linear::new(&[&same], &[]).unwrap().apply_swiglu(x).unwrap()
+}
+
 /// A copy that asks for its gradient.
 pub(crate) fn leaf(x: &Tensor, kind: Kind) -> Tensor {
     x.detach().to_kind(kind).copy().set_requires_grad(true)

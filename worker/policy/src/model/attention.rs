@@ -43,17 +43,16 @@ pub(crate) fn heads(config: &ModelConfig) -> Heads {
 }
 
 impl SelfAttention {
-    /// `[N, hidden]` → `[N, hidden]`.
+    /// Queries, keys and values of [`Self::qkv`] → `[N, hidden]`.
     pub(crate) fn apply(
         &self,
         config: &ModelConfig,
         layer: usize,
-        x: &Tensor,
+        mut qkv: Tensor,
         rotation: &Rotation,
         reach: Attention<'_>,
     ) -> Result<Tensor, ModelError> {
         let heads = heads(config);
-        let mut qkv = self.qkv.apply(x)?;
         if let Some(norms) = &self.head_norms {
             qkv = normalise_heads(&qkv, heads, norms)?;
         }

@@ -5,7 +5,6 @@
 
 use std::path::Path;
 
-use agentfly_c10d::ops::swiglu;
 use agentfly_common::model_dir::{ModelConfig, ModelDir};
 use tch::{Device, Kind, Tensor};
 
@@ -51,10 +50,10 @@ impl Block {
         rotation: &Rotation,
         reach: Attention<'_>,
     ) -> Result<Tensor, ModelError> {
-        let normed = self.attention_norm.apply(x)?;
-        let x = x.f_add(&self.attention.apply(config, layer, &normed, rotation, reach)?)?;
-        let gated = swiglu(&self.gate_up.apply(&self.mlp_norm.apply(&x)?)?)?;
-        Ok(x.f_add(&self.down.apply(&gated)?)?)
+        let qkv = self.attention.qkv.apply_norm(&self.attention_norm, x)?;
+        let x = x.f_add(&self.attention.apply(config, layer, qkv, rotation, reach)?)?;
+        let gate_up = self.gate_up.apply_norm(&self.mlp_norm, &x)?;
+        Ok(x.f_add(&self.down.apply_swiglu(&gate_up)?)?)
     }
 
     fn gather(&mut self, find: Option<FindSum<'_>>) -> Result<(), ModelError> {

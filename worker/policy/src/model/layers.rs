@@ -50,6 +50,16 @@ impl Map {
         Ok(self.linear.apply(x)?)
     }
 
+    /// Of what the norm makes of x.
+    pub(crate) fn apply_norm(&self, norm: &Norm, x: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(self.linear.apply_norm(x, &norm.of())?)
+    }
+
+    /// Of SwiGLU of rows `[gate | up]`: `[N, 2 k]` → `[N, Σ nᵢ]`.
+    pub(crate) fn apply_swiglu(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(self.linear.apply_swiglu(x)?)
+    }
+
     /// In f32, as it was summed.
     pub(crate) fn apply_wide(&self, x: &Tensor) -> Result<Tensor, ModelError> {
         Ok(self.linear.apply_wide(x)?)
@@ -84,7 +94,11 @@ impl Norm {
     }
 
     pub(crate) fn apply(&self, x: &Tensor) -> Result<Tensor, ModelError> {
-        Ok(ops::rms_norm(x, &self.weight, self.sum.as_ref(), self.eps)?)
+        Ok(ops::rms_norm(x, &self.of())?)
+    }
+
+    fn of(&self) -> ops::Norm<'_> {
+        ops::Norm { weight: &self.weight, grad: self.sum.as_ref(), eps: self.eps }
     }
 
     /// As [`Map::gather`].
