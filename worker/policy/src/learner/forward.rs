@@ -10,10 +10,9 @@ use std::ops::Range;
 use agentfly_c10d::ops;
 use tch::{Kind, Tensor};
 
-use super::config::MicroBatchLimit;
 use super::error::LearnerError;
-use super::microbatch::{Row, TokenBatch, plan};
-use crate::model::{Attention, Decoder, ModelError, Rotation, head_pieces, host, visit_head};
+use super::microbatch::TokenBatch;
+use crate::model::{Attention, Decoder, ModelError, Rotation, head_pieces};
 
 /// Log-prob and entropy of some of a micro-batch's targets, `[n]` f32 each, leaves of autograd.
 pub(super) struct Targets<'a> {
@@ -133,36 +132,4 @@ impl Passed {
         }
         Ok(gradient)
     }
-}
-
-/// Log-probs of every row's targets, without gradient; empty for rows without targets.
-pub(super) fn log_probs(
-    decoder: &Decoder,
-    rows: &[Row<'_>],
-    limit: MicroBatchLimit,
-    temperature: f64,
-) -> Result<Vec<Vec<f32>>, LearnerError> {
-    let _no_grad = tch::no_grad_guard();
-    let spans: Vec<usize> = rows.iter().map(Row::span).collect();
-    let mut by_row = vec![Vec::new(); rows.len()];
-    for indices in plan(&spans, limit) {
-        let chosen: Vec<&Row<'_>> = indices.iter().map(|&i| &rows[i]).collect();
-        let batch = TokenBatch::new(&chosen, decoder.device())?;
-        let hidden = decoder.hidden(&batch.ids, &batch.positions, Attention::Packed(&batch.starts))?;
-        let hidden = hidden.f_index_select(0, &batch.predicting)?;
-        let mut values = Vec::with_capacity(batch.tokens);
-        visit_head(decoder, &hidden, |range, logits| -> Result<(), LearnerError> {
-            let terms = ops::token_terms(logits, &slice(&batch.targets, &range)?, temperature)
-                .map_err(ModelError::from)?;
-            values.extend(host(&terms.log_prob)?);
-            Ok(())
-        })?;
-        let mut rest = values.as_slice();
-        for &index in &indices {
-            let (own, others) = rest.split_at(rows[index].targets.len());
-            by_row[index] = own.to_vec();
-            rest = others;
-        }
-    }
-    Ok(by_row)
 }

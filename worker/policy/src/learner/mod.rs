@@ -17,6 +17,7 @@ mod error;
 mod forward;
 mod gradients;
 mod kl;
+mod log_probs;
 mod loss;
 mod microbatch;
 mod offpolicy;

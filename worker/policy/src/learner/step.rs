@@ -12,6 +12,7 @@ use super::Learner;
 use super::aggregate::Denominators;
 use super::error::{LearnerError, NonFinite, RowName};
 use super::forward::{self, slice};
+use super::log_probs::log_probs;
 use super::loss::ppo_clip;
 use super::microbatch::{Row, TokenBatch, plan};
 use super::stats::{StepStats, StepSums, UpdateSums};
@@ -156,7 +157,7 @@ impl Learner {
     }
 
     fn log_probs(&self, decoder: &Decoder, rows: &[Row<'_>]) -> Result<LogProbs, LearnerError> {
-        forward::log_probs(decoder, rows, self.config.micro_batch, self.config.temperature)
+        log_probs(decoder, rows, self.config.micro_batch, self.config.temperature)
     }
 
     /// One optimizer update.
