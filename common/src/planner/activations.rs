@@ -33,6 +33,13 @@ pub fn layer_numbers(model: &ModelConfig) -> u64 {
         .fold(0, |sum: u64, (times, numbers)| sum.saturating_add(numbers.saturating_mul(*times)))
 }
 
+/// Numbers of one token that a layer makes and does not keep: its normed rows, and SwiGLU's product.
+#[must_use]
+pub(super) fn passing_numbers(model: &ModelConfig) -> u64 {
+    let of = |dimension: i64| u64::try_from(dimension).unwrap_or(u64::MAX);
+    of(model.hidden).saturating_mul(2).saturating_add(of(model.intermediate))
+}
+
 /// Bytes that forward and backward of `tokens` tokens hold at their peak, the head aside: what all layers keep, and
 /// once more a layer's worth of gradients on the way back, with what is computed again there. With `recompute`, layers keep their input alone and are
 /// computed again one at a time.
@@ -45,7 +52,7 @@ pub fn activation_bytes(model: &ModelConfig, precision: Precision, tokens: u64, 
     } else {
         layers.saturating_mul(layer)
     };
-    let working = layer + 2 * hidden + of(model.intermediate);
+    let working = layer.saturating_add(passing_numbers(model));
     // Final norm, and where the two halves of the backward pass meet: hidden states and their gradient.
     let ends = 3 * hidden;
     kept.saturating_add(working).saturating_add(ends).saturating_mul(precision.bytes()).saturating_mul(tokens)

@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use crate::model_dir::ModelConfig;
 
+use super::activations::passing_numbers;
 use super::workload::{DeviceKind, Machine, PAGE_TOKENS, PREFILL_TOKENS, Workload};
 use super::{Precision, activation_bytes, head_bytes, layer_numbers};
 
@@ -150,8 +151,8 @@ pub(super) fn bytes_a_token(work: &Workload<'_>, kind: DeviceKind) -> u64 {
 /// Prefill of one pass, the logits of all slots, and on a GPU the page that padding is written to.
 pub(super) fn rollout_workspace(work: &Workload<'_>, kind: DeviceKind, slots: u64) -> u64 {
     let vocab = u64::try_from(work.model.vocab).unwrap_or(u64::MAX);
-    let prefill =
-        layer_numbers(work.model).saturating_mul(work.precision.bytes()).saturating_mul(PREFILL_TOKENS);
+    let a_token = layer_numbers(work.model).saturating_add(passing_numbers(work.model));
+    let prefill = a_token.saturating_mul(work.precision.bytes()).saturating_mul(PREFILL_TOKENS);
     let sampling = slots.saturating_mul(vocab).saturating_mul(4 * SAMPLING_COPIES);
     let padding = match kind {
         DeviceKind::Cpu => 0,
