@@ -69,14 +69,16 @@ struct AfGraph {
   // What a beginning or an end that throws leaves undone: the allocators would ask this graph for its memory after it
   // is gone. Those that were told already say so, which is no news.
   void stop_allocating() noexcept {
+    attempt([&] { c10::cuda::CUDACachingAllocator::endAllocateToPool(device, pool); });
+    attempt([&] { c10::cuda::CUDACachingAllocator::releasePool(device, pool); });
+    attempt([&] { at::getHostAllocator(at::kCUDA)->end_allocate_to_pool(pool); });
+    attempt([&] { at::getHostAllocator(at::kCUDA)->release_pool(pool); });
+  }
+
+  template <class F>
+  static void attempt(F&& f) noexcept {
     try {
-      c10::cuda::CUDACachingAllocator::endAllocateToPool(device, pool);
-      c10::cuda::CUDACachingAllocator::releasePool(device, pool);
-    } catch (...) {
-    }
-    try {
-      at::getHostAllocator(at::kCUDA)->end_allocate_to_pool(pool);
-      at::getHostAllocator(at::kCUDA)->release_pool(pool);
+      f();
     } catch (...) {
     }
   }
@@ -102,12 +104,15 @@ int af_graph_begin(int device, AfGraph* beside, AfGraph** out) {
   return af::guarded([&] {
     TORCH_CHECK(device >= 0 && static_cast<size_t>(device) < at::getNumGPUs(), "there is no such GPU");
     const auto index = static_cast<c10::DeviceIndex>(device);
-    const c10::DeviceGuard on(c10::Device(c10::kCUDA, index));
-    // What runs still is no part of the graph. An error of it shows here, and not as one of the recording.
-    c10::cuda::device_synchronize();
+    {
+      // What runs still is no part of the graph. An error of it shows here, and not as one of the recording.
+      const c10::DeviceGuard on(c10::Device(c10::kCUDA, index));
+      c10::cuda::device_synchronize();
+    }
     auto graph = std::make_unique<AfGraph>();
     graph->device = index;
     graph->pool = beside ? beside->pool : at::cuda::graph_pool_handle();
+    // Keeps the stream's device current, too, until the end: the end looks for the stream there.
     graph->recording.emplace(recording_stream(index).unwrap());
     try {
       graph->begin();

@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 
 use agentfly_c10d::CudaGraph;
 use agentfly_c10d::ops::{FixedStep, StepShape};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::model::{Attention, Decoder, ModelError};
 
@@ -81,7 +81,9 @@ impl DecodeGraphs {
         cache: &Tensor,
         step: DecodeStep<'_>,
     ) -> Result<Option<Tensor>, ModelError> {
-        if self.off || step.ids.is_empty() || !(self.on_cpus || decoder.device().is_cuda()) {
+        // In f32 attention reads a rectangle of all chains' pages, as wide as the longest: padding would make it wider.
+        let on_gpu = decoder.device().is_cuda() && decoder.kind() != Kind::Float;
+        if self.off || step.ids.is_empty() || !(self.on_cpus || on_gpu) {
             return Ok(None);
         }
         self.bind(decoder, cache)?;
