@@ -50,7 +50,7 @@ namespace {
 
 // Rows of x that stay in the second-level cache while all weights pass by.
 constexpr int64_t kCachedBytes = 384 << 10;
-// With fewer blocks a short product takes halves of them: of nine blocks one of two threads would have five.
+// With fewer blocks a product of few rows takes halves of them: of nine blocks one of two threads would have five.
 constexpr int64_t kFewBlocks = 16;
 
 template <class T>
@@ -90,13 +90,12 @@ AF_VECTORISED void finish_tile(const float* AF_RESTRICT sums, const float* AF_RE
 
 template <class T, class O>
 void multiply(const T* x, int64_t m, int64_t k, const T* packed, const float* bias, int64_t n, O* out) {
-  const bool is_short = m <= kBlock;
-  const int64_t width = is_short && blocks(n) < kFewBlocks ? kBlock / 2 : kBlock, columns = (n + width - 1) / width;
   const int64_t pair = std::is_same_v<T, bf16> ? 2 : 1;
   const auto weights_of = [&](int64_t column) { return packed + column / kBlock * kBlock * k + column % kBlock * pair; };
   const int64_t chunk =
       std::max<int64_t>(kBlock, kCachedBytes / (k * static_cast<int64_t>(sizeof(T))) / kBlock * kBlock);
   const int64_t chunks = (m + chunk - 1) / chunk;
+  const int64_t width = chunks == 1 && blocks(n) < kFewBlocks ? kBlock / 2 : kBlock, columns = (n + width - 1) / width;
   at::parallel_for(0, chunks * columns, 1, [&](int64_t begin, int64_t end) {
     auto scope = gemm_scope<T>();
     float* sums = scratch<float, 0>(kBlock * kBlock);
@@ -105,7 +104,7 @@ void multiply(const T* x, int64_t m, int64_t k, const T* packed, const float* bi
       const int64_t wanted = std::min(width, n - column), last = std::min(m, first + chunk);
       const T* block = weights_of(column);
       // A short product reads its weights once: have the next ones on their way meanwhile.
-      if (is_short && task + 1 < end)
+      if (m <= kBlock && task + 1 < end)
         for (int64_t i = 0; i < k; i += pair)
           fetch_ahead(weights_of(column + width) + i * kBlock, width * pair * static_cast<int64_t>(sizeof(T)));
       for (int64_t row = first; row < last; row += kBlock) {
@@ -206,6 +205,14 @@ const at::Tensor& Linear::packed() {
 }
 
 // Each map writes its own columns: weights side by side would be a copy of most of the model at every call.
+at::Tensor Linear::plain(const at::Tensor& x, bool wide) const {
+  const bool half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+  if (wide && half && x.is_cuda() && weights.size() == 1 && biases.empty())
+    return at::mm(x, weights[0].t(), at::kFloat);
+  const at::Tensor y = plain(x);
+  return wide ? y.to(at::kFloat) : y;
+}
+
 at::Tensor Linear::plain(const at::Tensor& x) const {
   if (weights.size() == 1) return at::linear(x, weights[0], biases.empty() ? at::Tensor() : biases[0]);
   at::Tensor y = at::empty({x.size(0), outputs}, x.options());
@@ -225,10 +232,7 @@ at::Tensor Linear::plain(const at::Tensor& x) const {
 at::Tensor Linear::forward(const at::Tensor& input, bool wide) {
   at::NoGradGuard no_grad;
   const bool pairs = input.scalar_type() != at::kBFloat16 || inputs % 2 == 0;
-  if (!has_gemm(input) || !pairs) {
-    const at::Tensor y = plain(input);
-    return wide ? y.to(at::kFloat) : y;
-  }
+  if (!has_gemm(input) || !pairs) return plain(input, wide);
   const at::Tensor x = input.contiguous();
   const int64_t m = x.size(0);
   const at::Tensor bias = biases.empty() ? at::Tensor() : at::cat(biases).to(at::kFloat).contiguous();

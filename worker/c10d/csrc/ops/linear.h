@@ -25,7 +25,8 @@ struct Linear {
   int64_t inputs = 0;
   int64_t outputs = 0;
 
-  // y in x's kind or, with `wide`, in f32 as it was summed. Differentiable in x where that is asked for; the weights'
+  // y in x's kind or, with `wide`, in f32 as it was summed (libtorch's products on CPUs round to x's kind first).
+  // Differentiable in x where that is asked for; the weights'
   // gradients are added to `grads` on the way back.
   at::Tensor apply(const at::Tensor& x, const Before& before, bool wide);
   // y of f(x), without autograd.
@@ -36,6 +37,7 @@ struct Linear {
 
  private:
   // By libtorch's products, in x's kind: on GPUs, and where the micro-kernel does not run.
+  at::Tensor plain(const at::Tensor& x, bool wide) const;
   at::Tensor plain(const at::Tensor& x) const;
   const at::Tensor& packed();
   at::Tensor packed_;

@@ -13,6 +13,9 @@ namespace {
 // some ten thousand numbers are computed; a decode step has little more in each of its hundred operators.
 int64_t grain(int64_t width) { return std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(1, width)); }
 
+// Rows that are turned back at a time where there is no kernel.
+constexpr int64_t kPlainRows = 1024;
+
 bool fast(const at::Tensor& x) {
   return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
 }
@@ -111,7 +114,7 @@ at::Tensor norm_backward(const at::Tensor& x, const at::Tensor& weight, const at
                             out<T>(dx) + i * n, sums.mutable_data_ptr<float>() + s * n);
     });
   });
-  if (grad.defined()) grad.add_(sums.sum(0));
+  for (int64_t s = 0; grad.defined() && s < stretches; s++) grad.add_(sums[s]);
   return dx;
 }
 
@@ -235,12 +238,19 @@ at::Tensor swiglu(const at::Tensor& x) {
 
 at::Tensor swiglu_backward(const at::Tensor& x, const at::Tensor& g) {
   const int64_t rows = x.size(0), n = x.size(1) / 2;
-  if (!fast(x)) {
-    const at::Tensor gate = x.narrow(1, 0, n).to(at::kFloat), up = x.narrow(1, n, n).to(at::kFloat);
-    const at::Tensor s = gate.sigmoid(), wide = g.to(at::kFloat);
-    return at::cat({wide * up * s * (1 + gate * (1 - s)), wide * gate * s}, 1).to(x.scalar_type());
-  }
   const at::Tensor dx = at::empty_like(x);
+  if (!fast(x)) {
+    // Some rows at a time: libtorch's operators leave half a dozen results in f32 on their way.
+    for (int64_t first = 0; first < rows; first += kPlainRows) {
+      const int64_t count = std::min(kPlainRows, rows - first);
+      const at::Tensor part = x.narrow(0, first, count), to = dx.narrow(0, first, count);
+      const at::Tensor gate = part.narrow(1, 0, n).to(at::kFloat), up = part.narrow(1, n, n).to(at::kFloat);
+      const at::Tensor s = gate.sigmoid(), wide = g.narrow(0, first, count).to(at::kFloat);
+      to.narrow(1, 0, n).copy_(wide * up * s * (1 + gate * (1 - s)));
+      to.narrow(1, n, n).copy_(wide * gate * s);
+    }
+    return dx;
+  }
   by_kind(x, [&](auto zero) {
     using T = decltype(zero);
     at::parallel_for(0, rows, grain(x.size(1)), [&](int64_t begin, int64_t end) {

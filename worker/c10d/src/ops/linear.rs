@@ -141,7 +141,8 @@ impl Linear {
         )
     }
 
-    /// The same in f32, as it was summed. For the head: logits that were never rounded.
+    /// The same in f32, as it was summed. For the head: logits that were never rounded. (On a CPU without this
+    /// project's kernel for the kind, libtorch rounds them to the kind first.)
     ///
     /// # Errors
     /// As [`Self::apply`].

@@ -105,6 +105,7 @@ fn norm_rope_and_swiglu_of_nan_are_nan() {
                 let y = swiglu(&bad);
                 let far_gate = column == 5 && evil.double_value(&[0]) == f64::NEG_INFINITY;
                 assert!(far_gate || no_number(&y.get(2).get(5)), "swiglu of {evil:?} in {kind:?} is {y:?}");
+                assert!(y.narrow(0, 0, 2).isfinite().all().int64_value(&[]) == 1, "it spread to other rows");
             }
         }
         for nan in nans(kind) {
@@ -113,6 +114,10 @@ fn norm_rope_and_swiglu_of_nan_are_nan() {
             assert!(
                 all_nan(&x.grad().get(1).get(5)) && all_nan(&x.grad().get(1).get(17)),
                 "{nan:?} {kind:?}"
+            );
+            assert!(
+                x.grad().narrow(0, 2, 2).isfinite().all().int64_value(&[]) == 1,
+                "it spread to other rows"
             );
             let x = leaf(&x, kind);
             let y = ops::rms_norm(&x, &norm(&weight, None, 1e-5)).unwrap();
