@@ -9,7 +9,7 @@ use agentfly_common::model_dir::ModelConfig;
 use tch::Tensor;
 
 use super::error::ModelError;
-use super::layers::{Map, Norm};
+use super::layers::{FindSum, Map, Norm};
 use super::rope::Rotation;
 
 /// What the tokens of a forward pass attend to.
@@ -27,9 +27,10 @@ pub enum Attention<'a> {
     },
 }
 
-/// One block's attention.
+/// One block's attention, after its norm.
 #[derive(Debug)]
 pub(crate) struct SelfAttention {
+    pub(crate) norm: Norm,
     /// Queries, keys and values of a row side by side.
     pub(crate) qkv: Map,
     pub(crate) output: Map,
@@ -43,16 +44,17 @@ pub(crate) fn heads(config: &ModelConfig) -> Heads {
 }
 
 impl SelfAttention {
-    /// Queries, keys and values of [`Self::qkv`] → `[N, hidden]`.
+    /// `[N, hidden]` → `[N, hidden]`.
     pub(crate) fn apply(
         &self,
         config: &ModelConfig,
         layer: usize,
-        mut qkv: Tensor,
+        x: &Tensor,
         rotation: &Rotation,
         reach: Attention<'_>,
     ) -> Result<Tensor, ModelError> {
         let heads = heads(config);
+        let mut qkv = self.qkv.apply_norm(&self.norm, x)?;
         if let Some(norms) = &self.head_norms {
             qkv = normalise_heads(&qkv, heads, norms)?;
         }
@@ -62,6 +64,17 @@ impl SelfAttention {
             Attention::Paged { pages, step } => paged_attention(&qkv, pages, layer as i64, step, heads)?,
         };
         self.output.apply(&mixed)
+    }
+
+    pub(crate) fn gather(&mut self, find: Option<FindSum<'_>>) -> Result<(), ModelError> {
+        self.norm.gather(find)?;
+        self.qkv.gather(find)?;
+        self.output.gather(find)?;
+        if let Some((queries, keys)) = &mut self.head_norms {
+            queries.gather(find)?;
+            keys.gather(find)?;
+        }
+        Ok(())
     }
 }
 
