@@ -59,8 +59,8 @@ def compare(
     probe.open(folder, "f32")
     single_scores = truth.scores(single, texts.rows)
     our_scores = probe.scores(texts.rows)
-    findings.add("log_probs", group, largest(our_scores["log_probs"] - single_scores["log_probs"]), name)
     for key in ("log_probs", "entropies"):
+        findings.add(key, group, largest(our_scores[key] - single_scores[key]), name)
         findings.add(f"exact_{key}", group, largest(our_scores[key] - exact_scores[key]), name)
     check_logits(findings, probe, single, group, name, texts)
     # Two cuts of the batch: some rows at a time, and each alone.

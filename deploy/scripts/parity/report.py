@@ -16,7 +16,7 @@ class Check:
 
 
 F32 = 1e-4
-"""Nats by which float32 log-probs and entropies may differ."""
+"""Nats by which float32 log-probs and entropies may be off."""
 TIE = 2 * F32
 """Two tokens whose logits in `transformers` float32 are closer than this are tied: either may be the greedy one."""
 BF16_MARGIN = 1.10
@@ -25,6 +25,7 @@ BF16_MARGIN = 1.10
 CHECKS = {
     "logits": Check("f32 logits: largest difference / largest logit", F32),
     "log_probs": Check("f32 log-probs: largest difference, nats", F32),
+    "entropies": Check("f32 entropies: largest difference, nats", 2 * F32),
     "exact_log_probs": Check("f32 log-probs: from float64, nats", F32),
     "exact_entropies": Check("f32 entropies: from float64, nats", F32),
     "gradients": Check("f32 gradients: from float64 / |gradient|, worst parameter", F32),

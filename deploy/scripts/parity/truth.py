@@ -22,12 +22,14 @@ def norm_as_it_is(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def load(folder: Path, dtype: str) -> PreTrainedModel:
-    """Their model; in f64 without the steps that they take in float32 whatever the model's numbers."""
+    """Their model; in f64 with RMSNorm in f64, too. Rotary angles are float32 by the model's definition."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
     if dtype == "f64":
-        for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
-                module.forward = MethodType(norm_as_it_is, module)
+        norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+        if not norms:
+            raise ValueError(f"{type(model).__name__} has no RMSNorm that float64 could be computed with")
+        for module in norms:
+            module.forward = MethodType(norm_as_it_is, module)
     # With a padding id the embedding gives that id's row no gradient, though the id may occur in a text (where a model
     # is padded with its end-of-turn token it always does). Rows here have no padding: this is the loss's gradient.
     model.get_input_embeddings().padding_idx = None
