@@ -61,7 +61,7 @@ async fn a_job_that_fits_gets_a_plan_with_its_parts() {
     assert_eq!(code, Some(0), "{stdout}\n{stderr}");
     let parts = ["weights", "gradients", "optimizer", "KV cache", "activations", "peak", "for 2 ranks"];
     assert_says(&stdout, &parts);
-    assert_says(&stdout, &["micro-batches of up to 4096 tokens", "a part in 2", "tools and rewards: "]);
+    assert_says(&stdout, &["micro-batches of up to 2048 tokens", "a part in 2", "tools and rewards: "]);
 
     let args = ["--model", &tiny(), "--json", "--dtype", "bf16", "actor_rollout_ref.actor.use_kl_loss=True"];
     let report: Value = serde_json::from_str(&doctor(&playground, &args).await.stdout).unwrap();

@@ -51,7 +51,7 @@ impl Hub {
     }
 
     /// The folder of a model, fetched as far as it is not in the cache. While the hub cannot be reached, or has no
-    /// answer for now, the copy that its revision last meant stands in, with a warning.
+    /// answer, the copy that its revision last meant stands in, with a warning.
     ///
     /// # Errors
     /// What was tried, how far it came, and what to do.
