@@ -72,12 +72,16 @@ def gradients(
     ids, mask, advantages = padded("ids", 0), padded("loss_mask", False), padded("advantages", 0.0)
     attended = torch.tensor([[1] * len(row["ids"]) + [0] * (longest - len(row["ids"])) for row in rows])
     model.zero_grad(set_to_none=True)
-    raw = wide(model(input_ids=ids, attention_mask=attended).logits)[:, :-1] / temperature
-    log_softmax = raw.log_softmax(-1)
-    log_probs = log_softmax.gather(2, ids[:, 1:, None])[..., 0]
-    entropies = -(log_softmax.exp() * log_softmax).sum(-1)
-    terms = -advantages[:, 1:] * log_probs - entropy_coeff * entropies
-    (terms * mask[:, 1:]).sum().div(mask.sum()).backward()
+    # In float64 a row at a time: the logits of all take 20 GB of a vocabulary of 49152. Their sums hardly round there.
+    at_once = 1 if model.dtype == torch.float64 else len(rows)
+    for first in range(0, len(rows), at_once):
+        part = slice(first, first + at_once)
+        raw = wide(model(input_ids=ids[part], attention_mask=attended[part]).logits)[:, :-1] / temperature
+        log_softmax = raw.log_softmax(-1)
+        log_probs = log_softmax.gather(2, ids[part, 1:, None])[..., 0]
+        entropies = -(log_softmax.exp() * log_softmax).sum(-1)
+        terms = -advantages[part, 1:] * log_probs - entropy_coeff * entropies
+        (terms * mask[part, 1:]).sum().div(mask.sum()).backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     return {name: wide(gradient) for name, gradient in found.items() if gradient is not None}
