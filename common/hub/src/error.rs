@@ -205,7 +205,7 @@ fn later(status: u16) -> &'static str {
     if is_passing(status) { "try again later" } else { "is HF_ENDPOINT a whole mirror of the hub?" }
 }
 
-/// Statuses of a hub that has no answer for now.
+/// Statuses of a hub that may have an answer in a moment.
 fn is_passing(status: u16) -> bool {
     status == 429 || status >= 500
 }

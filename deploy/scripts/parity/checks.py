@@ -63,11 +63,13 @@ def compare(
         findings.add(key, group, largest(our_scores[key] - single_scores[key]), name)
         findings.add(f"exact_{key}", group, largest(our_scores[key] - exact_scores[key]), name)
     check_logits(findings, probe, single, group, name, texts)
+    single_gradients = truth.gradients(single, texts.loss_rows, **settings)
     # Two cuts of the batch: some rows at a time, and each alone.
     longest = max(len(row["ids"]) for row in texts.loss_rows)
     for budget in (2 * longest, 1):
         ours = probe.gradients(texts.loss_rows, micro_batch_tokens=budget, **settings)
-        findings.add("gradients", group, gradient_distance(ours, exact_gradients), name)
+        findings.add("gradients", group, gradient_distance(ours, single_gradients), name)
+        findings.add("exact_gradients", group, gradient_distance(ours, exact_gradients), name)
     check_greedy(findings, probe, single, group, name, texts.prompts)
     check_turns(findings, probe, single, group, name, texts.chains)
     del single

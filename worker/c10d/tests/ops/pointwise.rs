@@ -132,6 +132,21 @@ fn swiglu_and_its_gradient_are_autograds() {
 }
 
 #[test]
+fn swiglu_without_a_kernel_is_turned_back_row_by_row_alike() {
+    // More rows than are turned back at a time, and no multiple of them.
+    let (rows, n) = (2500, 6);
+    let mut numbers = Numbers::new(8);
+    let x = numbers.tensor(&[rows, 2 * n], Kind::Double);
+    let g = numbers.tensor(&[rows, n], Kind::Double);
+    let plain = |l: &[Tensor]| l[0].narrow(1, 0, n).silu() * l[0].narrow(1, n, n);
+    let truth = run(plain, &[&x], &g, Kind::Double);
+    let ours = run(|l: &[Tensor]| swiglu(&l[0]), &[&x], &g, Kind::Double);
+    for (ours, truth) in ours.iter().zip(&truth) {
+        assert_true("f64", ours, truth, truth);
+    }
+}
+
+#[test]
 fn swiglu_of_far_gates_is_the_gate_or_nothing() {
     for kind in KINDS {
         let gates = [-300.0f32, -100.0, -50.0, 0.0, 50.0, 100.0, 300.0];
