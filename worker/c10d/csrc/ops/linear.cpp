@@ -204,7 +204,6 @@ const at::Tensor& Linear::packed() {
   return packed_;
 }
 
-// Each map writes its own columns: weights side by side would be a copy of most of the model at every call.
 at::Tensor Linear::plain(const at::Tensor& x, bool wide) const {
   const bool half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
   if (wide && half && x.is_cuda() && weights.size() == 1 && biases.empty())
@@ -213,6 +212,7 @@ at::Tensor Linear::plain(const at::Tensor& x, bool wide) const {
   return wide ? y.to(at::kFloat) : y;
 }
 
+// Each map writes its own columns: weights side by side would be a copy of most of the model at every call.
 at::Tensor Linear::plain(const at::Tensor& x) const {
   if (weights.size() == 1) return at::linear(x, weights[0], biases.empty() ? at::Tensor() : biases[0]);
   at::Tensor y = at::empty({x.size(0), outputs}, x.options());

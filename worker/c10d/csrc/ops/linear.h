@@ -7,7 +7,7 @@
 namespace af {
 
 // What a map's input goes through first. The result is not kept for the way back but computed again from what went in:
-// it is as large as all else that a layer keeps of it, and costs next to nothing beside the map.
+// in a layer it would be half as large as all else that is kept, and it costs next to nothing beside the map.
 struct Before {
   enum Kind : int { kNothing = 0, kNorm = 1, kSwiglu = 2 };
   Kind kind = kNothing;
@@ -26,10 +26,9 @@ struct Linear {
   int64_t outputs = 0;
 
   // y in x's kind or, with `wide`, in f32 as it was summed (libtorch's products on CPUs round to x's kind first).
-  // Differentiable in x where that is asked for; the weights'
-  // gradients are added to `grads` on the way back.
+  // Differentiable in x where that is asked for; the weights' gradients are added to `grads` on the way back.
   at::Tensor apply(const at::Tensor& x, const Before& before, bool wide);
-  // y of f(x), without autograd.
+  // y of rows that have gone through f, without autograd.
   at::Tensor forward(const at::Tensor& x, bool wide);
 
   // An error unless weights and sums still have the shapes that they came with: kernels write by them.
