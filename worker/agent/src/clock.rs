@@ -57,7 +57,8 @@ impl Clock {
     }
 
     /// When the chain's own time is over, as it stands.
-    pub(crate) fn own_deadline(&self) -> Instant {
+    #[must_use]
+    pub fn own_deadline(&self) -> Instant {
         self.own.borrow().deadline
     }
 

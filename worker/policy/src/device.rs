@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use agentfly_common::ids::PolicyVersion;
 use agentfly_common::sampling::Generation;
 use agentfly_common::telemetry::TRACE;
-use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, timeout_at};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep_until};
 use tracing::field::Empty;
 use tracing::info_span;
 
@@ -81,8 +81,8 @@ enum Message<S> {
 
 /// Who waits for a turn.
 struct Asker {
-    /// Told when the turn's chain has a slot; then it is taken.
-    admitted: Option<oneshot::Sender<()>>,
+    /// Whether the turn's chain has a slot.
+    has_slot: watch::Sender<bool>,
     reply: Reply,
 }
 
@@ -102,38 +102,70 @@ fn wish(wishes: &SharedWishes, what: impl FnOnce(&mut Wishes)) {
     what(&mut wishes.lock().unwrap_or_else(PoisonError::into_inner));
 }
 
-/// A turn whose chain has a slot. Dropping it cancels the turn; the chain and its cache stay until
+/// A turn whose chain has a slot, or had one. Dropping it cancels the turn; the chain and its cache stay until
 /// [`DeviceHandle::release`].
 #[derive(Debug)]
 pub struct AdmittedTurn {
     chain: u64,
+    has_slot: watch::Receiver<bool>,
     answer: Answer,
     wishes: SharedWishes,
 }
 
+/// How far [`AdmittedTurn::until`] came.
+#[derive(Debug)]
+pub enum Progress {
+    /// The turn is over.
+    Ended(Generation),
+    /// The chain lost its slot and its cache to an older one; [`AdmittedTurn::resumed`] waits for its return.
+    Paused,
+}
+
 impl AdmittedTurn {
-    /// Samples to the turn's end.
+    /// Samples to the turn's end, however often the chain is paused.
     ///
     /// # Errors
     /// When the engine refused the request, the forward pass fails, or the thread has stopped.
-    pub async fn finish(self) -> Result<Generation, DeviceError> {
-        self.answer.await.map_err(|_| DeviceError::Stopped { what: GENERATING })?
+    pub async fn finish(mut self) -> Result<Generation, DeviceError> {
+        self.ended().await
     }
 
-    /// Samples to the turn's end, or to the first decode step after `deadline`: then what is sampled by then,
-    /// maybe nothing, with [`StopReason::TimeLimit`](agentfly_common::sampling::StopReason::TimeLimit).
+    /// Samples to the turn's end, or until its chain is paused, or to the first decode step after `deadline`: then what
+    /// is sampled by then, maybe nothing, with [`StopReason::TimeLimit`](agentfly_common::sampling::StopReason::TimeLimit).
     ///
     /// # Errors
     /// As [`Self::finish`].
-    pub async fn until(mut self, deadline: Instant) -> Result<Generation, DeviceError> {
-        match timeout_at(deadline, &mut self.answer).await {
-            Ok(answer) => answer.map_err(|_| DeviceError::Stopped { what: GENERATING })?,
-            Err(_) => {
-                wish(&self.wishes, |wishes| wishes.cut.push(self.chain));
-                self.finish().await
-            }
+    pub async fn until(&mut self, deadline: Instant) -> Result<Progress, DeviceError> {
+        let paused = has_slot(&mut self.has_slot, false);
+        tokio::select! {
+            biased;
+            answer = &mut self.answer => return answered(answer).map(Progress::Ended),
+            // An error means that the turn is over, and the answer on its way.
+            Ok(()) = paused => return Ok(Progress::Paused),
+            () = sleep_until(deadline) => wish(&self.wishes, |wishes| wishes.cut.push(self.chain)),
         }
+        self.ended().await.map(Progress::Ended)
     }
+
+    /// Waits until the chain has a slot again or the turn is over.
+    pub async fn resumed(&mut self) {
+        let _over = has_slot(&mut self.has_slot, true).await;
+    }
+
+    async fn ended(&mut self) -> Result<Generation, DeviceError> {
+        answered((&mut self.answer).await)
+    }
+}
+
+fn answered(
+    answer: Result<Result<Generation, DeviceError>, oneshot::error::RecvError>,
+) -> Result<Generation, DeviceError> {
+    answer.map_err(|_| DeviceError::Stopped { what: GENERATING })?
+}
+
+/// Waits until a chain has a slot, or has none.
+async fn has_slot(slot: &mut watch::Receiver<bool>, wanted: bool) -> Result<(), watch::error::RecvError> {
+    slot.wait_for(|has| *has == wanted).await.map(drop)
 }
 
 /// The way to the device thread; clones share it. When the last one is dropped the thread ends.
@@ -192,12 +224,12 @@ impl<S: 'static> DeviceHandle<S> {
     /// When the thread has stopped.
     pub async fn admit(&self, request: TurnRequest) -> Result<AdmittedTurn, DeviceError> {
         let (chain, wishes) = (request.chain, Arc::clone(&self.wishes));
-        let ((admitted, admission), (reply, answer)) = (oneshot::channel(), oneshot::channel());
-        let message = Message::Generate(request, Asker { admitted: Some(admitted), reply });
+        let ((slot, has_slot), (reply, answer)) = (watch::channel(false), oneshot::channel());
+        let message = Message::Generate(request, Asker { has_slot: slot, reply });
         self.mailbox.send(message).await.map_err(|_| DeviceError::Stopped { what: GENERATING })?;
-        // An error means that the turn is over already, and the answer says how.
-        let _over = admission.await;
-        Ok(AdmittedTurn { chain, answer, wishes })
+        let mut turn = AdmittedTurn { chain, has_slot, answer, wishes };
+        turn.resumed().await;
+        Ok(turn)
     }
 
     /// Forgets a chain, at the device's next step.
@@ -258,7 +290,8 @@ impl<S> Worker<S> {
                     None => return,
                 }
             };
-            // Here and not before the wait: what was wished before a message was sent is granted before it.
+            // Here and not before the wait: what was dropped or wished before a message was sent is so before it.
+            self.cancel_dropped(&mut device.engine);
             self.grant(&mut device.engine);
             match next {
                 Some(Message::Generate(request, asker)) => self.submit(&mut device.engine, request, asker),
@@ -293,14 +326,18 @@ impl<S> Worker<S> {
         }
     }
 
-    /// One decode step, without the turns nobody waits for any more.
-    fn step(&mut self, device: &mut Device<S>) {
+    /// Ends the turns that nobody waits for any more.
+    fn cancel_dropped(&mut self, engine: &mut Engine) {
         self.running.retain(|(chain, asker)| {
             if asker.reply.is_closed() {
-                device.engine.cancel(*chain);
+                engine.cancel(*chain);
             }
             !asker.reply.is_closed()
         });
+    }
+
+    /// One decode step.
+    fn step(&mut self, device: &mut Device<S>) {
         let Device { decoder, engine, policy_version, .. } = device;
         let step = || traced_round(engine, |engine| engine.step(decoder, *policy_version));
         let outcome = catch_unwind(AssertUnwindSafe(step));
@@ -309,7 +346,7 @@ impl<S> Worker<S> {
                 for (chain, result) in ended {
                     self.answer(chain, result.map_err(DeviceError::from));
                 }
-                self.announce_admissions(engine);
+                self.announce_slots(engine);
                 return;
             }
             Ok(Err(error)) => error.to_string(),
@@ -331,12 +368,11 @@ impl<S> Worker<S> {
         }
     }
 
-    /// Tells those whose chain has a slot by now; the others wait for a chain that ends.
-    fn announce_admissions(&mut self, engine: &Engine) {
-        for (chain, asker) in &mut self.running {
-            if asker.admitted.is_some() && engine.is_admitted(*chain) {
-                let _caller_is_gone = asker.admitted.take().map(|admitted| admitted.send(()));
-            }
+    /// Tells those whose chain got a slot, or lost it; they wait for a chain that ends.
+    fn announce_slots(&mut self, engine: &Engine) {
+        for (chain, asker) in &self.running {
+            let has = engine.is_admitted(*chain);
+            asker.has_slot.send_if_modified(|had| std::mem::replace(had, has) != has);
         }
     }
 }

@@ -4,17 +4,22 @@ mod support;
 
 use agentfly_common::ids::PolicyVersion;
 use agentfly_common::sampling::{Generation, SamplingParams, StopReason};
-use agentfly_policy::device::{Device, DeviceError, DeviceHandle};
+use agentfly_policy::device::{AdmittedTurn, Device, DeviceError, DeviceHandle, Progress};
 use agentfly_policy::engine::{Engine, EngineConfig, TurnRequest};
 use support::{model, text};
+use tokio::time::Instant;
 
 async fn start() -> DeviceHandle<Vec<u32>> {
-    DeviceHandle::start(|| {
+    start_with(8192, 2000).await
+}
+
+async fn start_with(cache_tokens: usize, window: usize) -> DeviceHandle<Vec<u32>> {
+    DeviceHandle::start(move || {
         let decoder = model("qwen2", 1);
         let config = EngineConfig {
             max_slots: 4,
-            cache_tokens: 8192,
-            max_tokens_per_chain: 2000,
+            cache_tokens,
+            max_tokens_per_chain: window,
             max_prefill_tokens: 64,
             enforce_eager: false,
         };
@@ -28,6 +33,14 @@ async fn start() -> DeviceHandle<Vec<u32>> {
 /// Waits for a place, then for the turn's end.
 async fn generate(device: &DeviceHandle<Vec<u32>>, request: TurnRequest) -> Result<Generation, DeviceError> {
     device.admit(request).await?.finish().await
+}
+
+/// The turn's end, cut short where it has not ended yet.
+async fn cut(turn: &mut AdmittedTurn) -> Generation {
+    match turn.until(Instant::now()).await.unwrap() {
+        Progress::Ended(generation) => generation,
+        Progress::Paused => panic!("paused where the cache has room"),
+    }
 }
 
 fn turn(chain: u64, max_tokens: u32) -> TurnRequest {
@@ -114,7 +127,7 @@ async fn a_turn_is_admitted_when_a_chain_lets_go_of_its_slot() {
             }
         }
     }
-    let cut = admitted.remove(0).until(tokio::time::Instant::now()).await.unwrap();
+    let cut = cut(&mut admitted[0]).await;
     assert_eq!(cut.stop, StopReason::TimeLimit);
     assert_eq!(fifth.await.unwrap().finish().await.unwrap().ids.len(), 3);
     let stats = device.call("looking", |device| device.engine.stats()).await.unwrap();
@@ -124,16 +137,50 @@ async fn a_turn_is_admitted_when_a_chain_lets_go_of_its_slot() {
 #[tokio::test]
 async fn a_turn_past_its_deadline_ends_with_what_it_has() {
     let device = start().await;
-    let long = device.admit(turn(1, 1900)).await.unwrap();
+    let mut long = device.admit(turn(1, 1900)).await.unwrap();
     let whole = generate(&device, turn(2, 5)).await.unwrap();
-    let cut = long.until(tokio::time::Instant::now()).await.unwrap();
+    let cut = cut(&mut long).await;
     assert!(cut.ids.len() >= 4 && cut.ids.len() < 1900, "{} tokens", cut.ids.len());
     assert_eq!((cut.stop, cut.policy_version), (StopReason::TimeLimit, PolicyVersion(2)));
     assert_eq!(cut.log_probs.len(), cut.ids.len());
     assert_eq!(whole.stop, StopReason::Length);
-    let later = tokio::time::Instant::now() + std::time::Duration::from_secs(60);
+    let later = Instant::now() + std::time::Duration::from_secs(60);
     let next = device.admit(turn(1, 2)).await.unwrap().until(later).await.unwrap();
+    let Progress::Ended(next) = next else { panic!("a chain alone was paused") };
     assert_eq!((next.ids.len(), next.stop), (2, StopReason::Length), "the chain goes on");
+}
+
+#[tokio::test]
+async fn a_paused_turn_says_so_and_is_not_cut_until_it_has_its_slot_again() {
+    let device = start_with(256, 256).await;
+    let older = device.admit(turn(1, 200)).await.unwrap();
+    let mut younger = device.admit(turn(2, 200)).await.unwrap();
+    let long_ago = Instant::now();
+    let later = long_ago + std::time::Duration::from_secs(60);
+    let older = tokio::spawn(older.finish());
+    assert!(matches!(younger.until(later).await.unwrap(), Progress::Paused), "the cache holds one of them");
+    // Its owner's clock stands still meanwhile: nobody asks for its end.
+    younger.resumed().await;
+    assert_eq!(older.await.unwrap().unwrap().ids.len(), 200, "the older one had the cache until its end");
+    let Progress::Ended(whole) = younger.until(later).await.unwrap() else { panic!("paused by nobody") };
+    assert_eq!((whole.ids.len(), whole.stop), (200, StopReason::Length));
+}
+
+#[tokio::test]
+async fn a_dropped_turn_takes_nothing_from_the_next_one_of_its_chain() {
+    let device = start().await;
+    let _busy = device.admit(turn(9, 1900)).await.unwrap();
+    for round in 0..50 {
+        // Dropped while a step runs; the messages that follow are read before the next one.
+        drop(device.admit(turn(1, 1000)).await.unwrap());
+        device.release(1);
+        let again = generate(&device, turn(1, 2)).await.unwrap();
+        assert_eq!(again.ids.len(), 2, "round {round}");
+        drop(device.admit(turn(1, 1000)).await.unwrap());
+        let next = generate(&device, TurnRequest { new_tokens: text(1, 1), ..turn(1, 2) }).await.unwrap();
+        assert_eq!(next.ids.len(), 2, "a chain goes on after a turn that nobody waited for; round {round}");
+        device.release(1);
+    }
 }
 
 #[tokio::test]

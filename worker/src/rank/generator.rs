@@ -1,11 +1,11 @@
 //! The rollout engine as the chain loop's generator.
 
 use agentfly_agent::chain::{GenerateFault, Generator, Sampling, TurnInput};
+use agentfly_agent::clock::Clock;
 use agentfly_common::ids::{ChainKey, Purpose};
 use agentfly_common::sampling::Generation;
-use agentfly_policy::device::{AdmittedTurn, DeviceError, DeviceHandle};
+use agentfly_policy::device::{AdmittedTurn, DeviceError, DeviceHandle, Progress};
 use agentfly_policy::engine::TurnRequest;
-use tokio::time::Instant;
 
 use super::job::LearnerSeat;
 
@@ -27,8 +27,14 @@ struct EngineTurn(AdmittedTurn);
 
 #[async_trait::async_trait]
 impl Sampling for EngineTurn {
-    async fn until(self: Box<Self>, deadline: Instant) -> Result<Generation, GenerateFault> {
-        self.0.until(deadline).await.map_err(fault)
+    async fn until_over(self: Box<Self>, clock: &Clock) -> Result<Generation, GenerateFault> {
+        let mut turn = self.0;
+        loop {
+            match turn.until(clock.own_deadline()).await.map_err(fault)? {
+                Progress::Ended(generation) => return Ok(generation),
+                Progress::Paused => clock.stand_still(turn.resumed()).await,
+            }
+        }
     }
 }
 

@@ -23,6 +23,7 @@ use serde_json::{Map, Value};
 use tokio::time::Instant;
 
 use crate::agents::Agent;
+use crate::clock::Clock;
 use crate::rewards::{RewardFault, RewardFunction};
 use crate::template::{ChatTemplate, TemplateError};
 use crate::tokenizer::TokenizerError;
@@ -74,13 +75,14 @@ pub trait Generator: Send + Sync {
 /// A turn that the engine has let in. Dropping it cancels the turn.
 #[async_trait]
 pub trait Sampling: Send {
-    /// Samples to the turn's end: at least one id, at most `sampling.max_tokens`. When `deadline` passes first,
-    /// what is sampled by then, maybe nothing, with
-    /// [`StopReason::TimeLimit`](agentfly_common::sampling::StopReason::TimeLimit).
+    /// Samples to the turn's end: at least one id, at most `sampling.max_tokens`. When the chain's own time is over
+    /// first, what is sampled by then, maybe nothing, with
+    /// [`StopReason::TimeLimit`](agentfly_common::sampling::StopReason::TimeLimit). While the engine has paused the
+    /// chain for others, its time stands still.
     ///
     /// # Errors
     /// The engine's fault; the chain is run again.
-    async fn until(self: Box<Self>, deadline: Instant) -> Result<Generation, GenerateFault>;
+    async fn until_over(self: Box<Self>, clock: &Clock) -> Result<Generation, GenerateFault>;
 }
 
 /// One chain to run.

@@ -190,7 +190,7 @@ impl<'a> Run<'a> {
         let admitted = self.clock.stand_still(admit);
         let admitted = self.clock.within_step(admitted).await;
         let sampling = admitted.map_err(|_| self.step_over("room in the rollout engine"))?.map_err(fault)?;
-        let sampled = sampling.until(self.clock.own_deadline());
+        let sampled = sampling.until_over(&self.clock);
         let sampled = sampled.instrument(info_span!(target: TRACE, "generate", turn));
         let sampled = self.clock.within_step(sampled).await;
         sampled.map_err(|_| self.step_over(ENGINE))?.map_err(fault)

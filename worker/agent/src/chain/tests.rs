@@ -60,9 +60,9 @@ struct Saying {
 
 #[async_trait]
 impl Sampling for Saying {
-    async fn until(self: Box<Self>, deadline: Instant) -> Result<Generation, GenerateFault> {
+    async fn until_over(self: Box<Self>, clock: &Clock) -> Result<Generation, GenerateFault> {
         let (mut said, begun) = (self.generation, Instant::now());
-        if timeout_at(deadline, sleep(self.takes)).await.is_err() {
+        if timeout_at(clock.own_deadline(), sleep(self.takes)).await.is_err() {
             let part = begun.elapsed().as_secs_f64() / self.takes.as_secs_f64();
             said.stop = StopReason::TimeLimit;
             said.ids.truncate((said.ids.len() as f64 * part) as usize);
