@@ -231,6 +231,30 @@ fn new_weights_are_used_at_once_and_no_turn_has_tokens_of_both() {
     let history = [prompt.clone(), greedy_by_hand(&old, &prompt, 4), vec![7]].concat();
     let generation = run(&mut engine, &new).remove(&0).unwrap();
     assert_eq!(generation.ids, greedy_by_hand(&new, &history, 5));
+    // Also one that adds nothing.
+    engine.submit(turn(1, vec![], greedy(5))).unwrap();
+    let history = [prompt.clone(), greedy_by_hand(&old, &prompt, 4)].concat();
+    assert_eq!(run(&mut engine, &new).remove(&1).unwrap().ids, greedy_by_hand(&new, &history, 5));
+}
+
+#[test]
+fn a_shared_prompt_stays_when_its_last_page_becomes_one_chains_own() {
+    // A cache of one window, 7 pages, all of which a group's prompt needs; it ends within the last.
+    let decoder = model("llama", 5);
+    let mut engine = engine_with_cache(&decoder, 2, 448);
+    let (prompt, group) = (text(390, 1), Some(1));
+    engine.submit(TurnRequest { group, ..turn(0, prompt.clone(), sampled(5)) }).unwrap();
+    run(&mut engine, &decoder);
+    let before = engine.stats();
+    assert_eq!((before.prefill_tokens, before.cache_tokens_used), (389, 448));
+    engine.submit(TurnRequest { group, ..turn(1, prompt.clone(), sampled(5)) }).unwrap();
+    let shared = run(&mut engine, &decoder).remove(&1).unwrap();
+    let after = engine.stats();
+    assert_eq!((after.prefill_tokens, after.shared_tokens), (389, 389), "the prompt is computed once");
+    assert_eq!((after.evictions, after.preemptions), (1, 0), "the first chain, which is idle, gave way");
+    let mut alone = engine_with_cache(&decoder, 2, 448);
+    alone.submit(turn(1, prompt, sampled(5))).unwrap();
+    assert_eq!(run(&mut alone, &decoder).remove(&1).unwrap(), shared);
 }
 
 #[test]

@@ -123,6 +123,9 @@ impl TokenTerms {
     }
 }
 
+/// Logits from which a GPU draws at a time, in whole rows: it needs several times their memory.
+pub const SAMPLED_AT_A_TIME: i64 = 4 << 20;
+
 /// How one row is drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Draw {

@@ -7,7 +7,7 @@
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::vocabulary::{Draw, TokenTerms, scale};
+use super::vocabulary::{Draw, SAMPLED_AT_A_TIME, TokenTerms, scale};
 use crate::{Error, Result, upload};
 
 /// Log-probs `[n, vocabulary]` f32 of logits, of which `scaled` makes tempered ones.
@@ -70,11 +70,34 @@ pub(super) fn backward(
 
 /// As [`super::sample`].
 pub(super) fn sample(logits: &Tensor, draws: &[Draw]) -> Result<(Vec<i64>, Vec<f32>)> {
+    let rows = SAMPLED_AT_A_TIME / logits.size()[1];
+    sample_in_pieces(logits, draws, usize::try_from(rows).unwrap_or(0).max(1))
+}
+
+/// The same for so many rows at a time: what operators make on their way is several times the logits.
+fn sample_in_pieces(logits: &Tensor, draws: &[Draw], rows: usize) -> Result<(Vec<i64>, Vec<f32>)> {
     let _no_grad = tch::no_grad_guard();
-    let plan = Plan::new(draws, logits.size()[1]);
-    let params = Params::new(draws, logits.device())?;
-    let restricted = upload(&plan.restricted, logits.device())?;
-    drawn(logits, &plan, &params, &restricted).map_err(|e| Error::of_libtorch("drawing tokens", &e))
+    let failed = |e: TchError| Error::of_libtorch("drawing tokens", &e);
+    let (mut tokens, mut log_probs) = (Vec::new(), Vec::new());
+    for (i, draws) in draws.chunks(rows).enumerate() {
+        let piece = logits.f_narrow(0, (i * rows) as i64, draws.len() as i64).map_err(failed)?;
+        let plan = Plan::new(draws, logits.size()[1]);
+        let params = Params::new(draws, logits.device())?;
+        let restricted = upload(&plan.restricted, logits.device())?;
+        let (ids, of_ids) = drawn(&piece, &plan, &params, &restricted).map_err(failed)?;
+        tokens.push(ids);
+        log_probs.push(of_ids);
+    }
+    let to_host = || {
+        let both = Tensor::f_cat(&tokens.into_iter().chain(log_probs).collect::<Vec<_>>(), 0)?;
+        let mut values = vec![0_f64; both.numel()];
+        let count = values.len();
+        both.f_to_device(Device::Cpu)?.f_contiguous()?.f_copy_data(&mut values, count)?;
+        Ok(values)
+    };
+    let values: Vec<f64> = to_host().map_err(failed)?;
+    let (tokens, log_probs) = values.split_at(draws.len());
+    Ok((tokens.iter().map(|&id| id as i64).collect(), log_probs.iter().map(|&x| x as f32).collect()))
 }
 
 /// What a batch needs computed, known on the host.
@@ -147,34 +170,32 @@ impl Params {
     }
 }
 
+/// A token of each row and its log-prob, `[n, 1]` f64 each.
 fn drawn(
     logits: &Tensor,
     plan: &Plan,
     params: &Params,
     restricted: &Tensor,
-) -> std::result::Result<(Vec<i64>, Vec<f32>), TchError> {
-    let n = logits.size()[0];
+) -> std::result::Result<(Tensor, Tensor), TchError> {
     let log_probs = log_probs(logits, |z| z.f_mul(&params.scales))?;
     // Of the logits: two of them may have one log-prob.
     let mut tokens = logits.f_argmax(-1, true)?;
     if plan.any_sampled {
-        let mut sampled = draw_any(&log_probs, &params.uniform)?;
-        if plan.restricted.len() as i64 == n {
-            sampled = draw_restricted(&log_probs, params, plan.widest)?;
-        } else if !plan.restricted.is_empty() {
-            let rows = log_probs.f_index_select(0, restricted)?;
-            let some = draw_restricted(&rows, &params.pick(restricted)?, plan.widest)?;
-            sampled = sampled.f_index_copy(0, restricted, &some)?;
-        }
+        let sampled = if plan.restricted.len() as i64 == logits.size()[0] {
+            draw_restricted(&log_probs, params, plan.widest)?
+        } else {
+            let mut sampled = draw_any(&log_probs, &params.uniform)?;
+            if !plan.restricted.is_empty() {
+                let rows = log_probs.f_index_select(0, restricted)?;
+                let some = draw_restricted(&rows, &params.pick(restricted)?, plan.widest)?;
+                sampled = sampled.f_index_copy(0, restricted, &some)?;
+            }
+            sampled
+        };
         tokens = tokens.f_where_self(&params.greedy, &sampled)?;
     }
     let chosen = log_probs.f_gather(1, &tokens, false)?;
-    let both = Tensor::f_cat(&[tokens.f_to_kind(Kind::Double)?, chosen.f_to_kind(Kind::Double)?], 0)?;
-    let mut values = vec![0_f64; both.numel()];
-    let count = values.len();
-    both.f_to_device(Device::Cpu)?.f_contiguous()?.f_copy_data(&mut values, count)?;
-    let (tokens, log_probs) = values.split_at(n as usize);
-    Ok((tokens.iter().map(|&id| id as i64).collect(), log_probs.iter().map(|&x| x as f32).collect()))
+    Ok((tokens.f_to_kind(Kind::Double)?, chosen.f_to_kind(Kind::Double)?))
 }
 
 /// By the inverse of the cumulative distribution over the whole vocabulary.

@@ -124,6 +124,8 @@ impl Engine {
         let position = chain.tokens.len();
         let mut turn = chain.turn.take()?;
         if let Some(before) = turn.sampled_by(version) {
+            // Its next turn may add nothing, and samples after the last token all the same.
+            chain.cached = chain.cached.min(position - 1);
             return Some((id, Err(EngineError::PolicyChanged { chain: id, position, before, version })));
         }
         if !log_prob.is_finite() {

@@ -7,7 +7,8 @@
 //! prompt or observation added, as far as the budget goes, and the last sampled token of the others.
 //!
 //! What must stay true:
-//! - a turn's tokens depend on its chain's tokens, its seed and the weights, never on what else is batched;
+//! - a turn's tokens depend on its chain's tokens, its seed and the weights, never on what else is batched (to the last bit
+//!   where [`crate::placement::is_batch_invariant`]; elsewhere the products' rounding does);
 //! - a chain's tokens are kept until [`Engine::release`], so losing its cache costs time, never the chain;
 //! - running out of slots, cache or window is a wait or a [`StopReason::Length`], never an error.
 
@@ -28,6 +29,10 @@ use crate::model::{Decoder, ModelConfig, ModelError};
 use cache::{PagePool, pages_for};
 use chain::{Chain, Turn};
 use graphs::DecodeGraphs;
+
+/// Tokens that attention gathers of the cache for a pass on a GPU, in caches at most. A page that chains share is gathered
+/// for each of them.
+pub const GATHERED_CACHES: usize = 2;
 
 /// How much the engine may hold at a time, and how it computes.
 #[derive(Debug, Clone, PartialEq, Eq)]

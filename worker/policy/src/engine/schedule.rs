@@ -7,12 +7,13 @@
 use std::collections::BTreeSet;
 
 use agentfly_c10d::ops::PAGE_TOKENS;
+use tch::Kind;
 
 use crate::model::ModelError;
 
-use super::Engine;
 use super::cache::{Page, pages_for};
 use super::chain::Chain;
+use super::{Engine, GATHERED_CACHES};
 
 /// A stretch of one chain's tokens to compute.
 #[derive(Debug, Clone, Copy)]
@@ -106,6 +107,11 @@ impl Engine {
         }
         // A chain later in the order may have taken the pages of one that was planned before it.
         batch.retain(|stretch| self.active.contains(&stretch.chain));
+        if self.cache.tensor()?.device().is_cuda() {
+            let most = GATHERED_CACHES * self.config.cache_tokens / PAGE_TOKENS;
+            let pages = batch.iter().map(|stretch| pages_for(stretch.start + stretch.count));
+            batch.truncate(gatherable(pages, self.cache.tensor()?.kind() == Kind::Float, most));
+        }
         Ok(batch)
     }
 
@@ -167,8 +173,13 @@ impl Engine {
             if held.is_some_and(|page| !self.cache.is_shared(page)) {
                 continue;
             }
-            let Some(page) = self.take_page(id)? else { return Ok(false) };
-            // The mate may have been paused for it: then the page is this chain's alone already.
+            let Some(page) = self.take_page(id)? else {
+                // Who shared the page may have lost it on the way: then it is this chain's alone, and no other is needed.
+                if held.is_some_and(|page| !self.cache.is_shared(page)) {
+                    continue;
+                }
+                return Ok(false);
+            };
             if let Some(shared) = held {
                 self.cache.copy(shared, page)?;
                 self.cache.give_back(shared);
@@ -237,6 +248,30 @@ impl Engine {
     }
 }
 
+/// How many of a pass's stretches, which have so many pages each, can be gathered into `most` pages; the younger ones wait.
+/// Without FlashAttention, in f32, each takes as much as the longest.
+fn gatherable(pages: impl Iterator<Item = usize>, as_longest: bool, most: usize) -> usize {
+    let (mut sum, mut longest) = (0, 0);
+    let gathered = pages.enumerate().map(|(before, pages)| {
+        (sum, longest) = (sum + pages, longest.max(pages));
+        if as_longest { longest * (before + 1) } else { sum }
+    });
+    gathered.take_while(|gathered| *gathered <= most).count()
+}
+
 fn common_prefix(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(x, y)| x == y).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::gatherable;
+
+    #[test]
+    fn a_pass_gathers_what_fits_and_the_oldest_in_any_case() {
+        let fit =
+            |as_longest| [9, 10, 14, 15, 40].map(|most| gatherable([9, 1, 4].into_iter(), as_longest, most));
+        assert_eq!(fit(false), [1, 2, 3, 3, 3]);
+        assert_eq!(fit(true), [1, 1, 1, 1, 3], "nine pages for each");
+    }
 }

@@ -77,6 +77,16 @@ fn the_same_uniform_numbers_draw_the_same_tokens_in_mixed_batches() {
 }
 
 #[test]
+fn rows_are_drawn_alike_in_pieces_of_any_size() {
+    let logits = logits(513, ROWS);
+    let draws = mixed(ROWS, 3);
+    let together = sample(&logits, &draws).unwrap();
+    for rows in [1, 7, 47, 48] {
+        assert_eq!(sample_in_pieces(&logits, &draws, rows).unwrap(), together, "{rows} at a time");
+    }
+}
+
+#[test]
 fn equals_are_drawn_in_the_vocabularys_order() {
     // Logits of three values only.
     let logits = (logits(600, ROWS) / 4.0).round();
