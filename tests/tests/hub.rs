@@ -142,6 +142,19 @@ fn an_interrupted_download_goes_on_in_the_next_run() {
 }
 
 #[test]
+fn a_file_cut_short_in_a_copied_cache_is_replaced() {
+    let scene = Scene::new();
+    let folder = scene.fetch(0).unwrap();
+    // As a copy without links leaves it that was broken off.
+    let place = folder.join("model.safetensors");
+    let whole = std::fs::read(&place).unwrap();
+    std::fs::remove_file(&place).unwrap();
+    std::fs::write(&place, &whole[..1000]).unwrap();
+    assert_whole(&scene.fetch(0).unwrap());
+    assert_eq!(std::fs::read(&place).unwrap().len(), whole.len());
+}
+
+#[test]
 fn a_server_that_does_not_resume_sends_the_whole_again() {
     let scene = Scene::new();
     scene.hub.faults(|faults| {

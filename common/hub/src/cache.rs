@@ -83,10 +83,10 @@ impl Cached {
     /// Gives a verified blob its name in a commit.
     pub(crate) fn link(&self, commit: &str, file: &str, checksum: &Checksum) -> Result<(), HubError> {
         let place = self.snapshot(commit).join(file);
-        if place.exists() {
+        if length(&place).is_some_and(|bytes| length(&self.blob(checksum)) == Some(bytes)) {
             return Ok(());
         }
-        // A link that leads nowhere is in the way.
+        // A link that leads nowhere is in the way, or a copy that broke off.
         let _was_not_there = std::fs::remove_file(&place);
         let target = Path::new("../../blobs").join(checksum.hex());
         std::os::unix::fs::symlink(&target, &place)
