@@ -4,7 +4,7 @@
 Logits, log-probs, entropies, gradients of every parameter, greedy continuations, multi-turn generation through the
 cache, and exported checkpoints, for random small models of every supported family, for shapes and configurations
 chosen by hand, and for SmolLM2-135M-Instruct where it is there. float32 must agree to rounding; bfloat16 must be no
-further from float32 than `transformers` in bfloat16 is. Prints a table, writes JSON, and exits with status 1 when a
+further from float64, to a tenth, than `transformers` in bfloat16 is. Prints a table, writes JSON, and exits with status 1 when a
 figure exceeds its bound.
 """
 

@@ -19,6 +19,7 @@ use agentfly_policy::model::Decoder;
 use agentfly_policy::placement::{self, Dtype, Place};
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use tch::Device;
 
 use work::{Share, Work};
 
@@ -159,8 +160,12 @@ fn main() -> anyhow::Result<()> {
             grpo::serve(decoder, &work, &args)
         }
         What::Gemm(machine) => {
-            placement::set_up(machine.threads, Place::Cpu)?;
-            gemm::serve(machine.dtype)
+            placement::set_up(machine.threads, machine.device)?;
+            let device = match machine.device {
+                Place::Cpu => Device::Cpu,
+                Place::Cuda(index) => Device::Cuda(index),
+            };
+            gemm::serve(machine.dtype, device)
         }
     }
 }
