@@ -11,7 +11,7 @@ use super::Config;
 
 /// Keys, or groups of keys, that may differ: how long and how often, what is validated and how, where things lie,
 /// and how fast it goes.
-const FREE: [&str; 40] = [
+const FREE: [&str; 41] = [
     "data.val_files",
     "data.val_max_samples",
     "actor_rollout_ref.rollout.val_kwargs",
@@ -49,6 +49,7 @@ const FREE: [&str; 40] = [
     "actor_rollout_ref.model.enable_gradient_checkpointing",
     "actor_rollout_ref.rollout.max_num_seqs",
     "actor_rollout_ref.rollout.enforce_eager",
+    "actor_rollout_ref.rollout.full_determinism",
     "agent.max_concurrent_chains",
     // The model that is trained under another name: `actor_rollout_ref.model.path` counts.
     "agent.model_name_or_path",

@@ -11,7 +11,7 @@ use agentfly_common::machine::{cpu_computes_bf16, cpu_has_bf16_matrix_unit};
 use agentfly_common::planner::Precision;
 use tch::{Device, Kind, Tensor};
 
-use crate::model::{Decoder, ModelConfig, ModelError, export};
+use crate::model::{Decoder, ModelConfig, ModelError, export, invariance};
 
 /// The device a rank owns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,10 +76,26 @@ impl Dtype {
 
     /// The tensor kind for a model on a place.
     pub(crate) fn kind(self, config: &ModelConfig, place: Place) -> Kind {
-        match self.precision(config, place) {
-            Precision::F32 => Kind::Float,
-            Precision::Bf16 => Kind::BFloat16,
-        }
+        kind_of(self.precision(config, place))
+    }
+}
+
+/// Whether products in this precision are the same bits for a row whatever rows are beside it.
+#[must_use]
+pub fn is_batch_invariant(place: Place, precision: Precision) -> bool {
+    invariance::of_products(kind_of(precision), place.device())
+}
+
+/// The same of all that a model computes.
+#[must_use]
+pub fn computes_batch_invariantly(config: &ModelConfig, place: Place, precision: Precision) -> bool {
+    invariance::of_model(config, kind_of(precision), place.device())
+}
+
+fn kind_of(precision: Precision) -> Kind {
+    match precision {
+        Precision::F32 => Kind::Float,
+        Precision::Bf16 => Kind::BFloat16,
     }
 }
 

@@ -8,6 +8,7 @@
 
 mod activity;
 mod checkpoint;
+mod determinism;
 mod generator;
 mod job;
 mod learner_config;

@@ -27,6 +27,8 @@ pub struct Rollout {
     pub dtype: Dtype,
     /// On GPUs: launch decode steps kernel by kernel, not as CUDA graphs.
     pub enforce_eager: bool,
+    /// Refuse devices on which a chain's tokens depend on what else is in its batch.
+    pub full_determinism: bool,
     /// Sampling in validation.
     pub val_kwargs: ValKwargs,
 }

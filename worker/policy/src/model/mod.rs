@@ -8,6 +8,7 @@ mod attention;
 mod decoder;
 mod error;
 mod export;
+pub(crate) mod invariance;
 mod layers;
 mod load;
 mod parameters;

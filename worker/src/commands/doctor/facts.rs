@@ -2,7 +2,8 @@
 
 use agentfly_c10d::LIBTORCH_VERSION;
 use agentfly_common::machine::{Memory, cores, cpu_computes_bf16, cpu_has_bf16_matrix_unit, memory};
-use agentfly_policy::placement::cuda_built;
+use agentfly_common::planner::Precision;
+use agentfly_policy::placement::{Place, cuda_built, is_batch_invariant};
 use agentfly_sandbox::{Sandbox, SandboxConfig, Snippet, Status};
 use serde::Serialize;
 
@@ -18,6 +19,8 @@ pub(super) struct Facts {
     pub(super) cpu_bf16: bool,
     /// amx_bf16.
     pub(super) cpu_amx: bool,
+    /// Number types in which a chain's tokens are the same bits in any batch on this CPU.
+    pub(super) batch_invariant: Vec<Precision>,
     pub(super) memory_bytes: u64,
     pub(super) memory_available_bytes: u64,
     pub(super) gpus: Vec<Gpu>,
@@ -43,6 +46,10 @@ impl Facts {
             cpu: cpu_name(),
             cpu_bf16: cpu_computes_bf16(),
             cpu_amx: cpu_has_bf16_matrix_unit(),
+            batch_invariant: [Precision::F32, Precision::Bf16]
+                .into_iter()
+                .filter(|precision| is_batch_invariant(Place::Cpu, *precision))
+                .collect(),
             memory_bytes: total_bytes,
             memory_available_bytes: available_bytes,
             gpus: gpu::list(),

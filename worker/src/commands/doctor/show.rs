@@ -42,6 +42,9 @@ fn machine(facts: &Facts) -> Table {
         (false, false) => "no: float32 is faster here",
     };
     rows.add_row(["bfloat16 in hardware", bf16]);
+    let invariant: Vec<String> = facts.batch_invariant.iter().map(ToString::to_string).collect();
+    let invariant = if invariant.is_empty() { yes_no(false).to_owned() } else { invariant.join(", ") };
+    rows.add_row(["same bits in any batch", &invariant]);
     let (all, free) = (bytes_in_words(facts.memory_bytes), bytes_in_words(facts.memory_available_bytes));
     rows.add_row(["memory", &format!("{all}, {free} free now")]);
     rows.add_row(["GPUs", &gpus(facts)]);
@@ -87,8 +90,12 @@ fn plan(job: &JobReport) -> String {
         all.add_row([name.to_owned(), bytes_in_words(bytes), what]);
     }
     let rank = &job.plan.rank;
-    let largest = if rank.rollout() >= rank.training() { "while chains run" } else { "while training" };
-    all.add_row(["peak".to_owned(), bytes_in_words(rank.total_bytes), largest.to_owned()]);
+    let largest = match job.plan.longest_chain_bytes {
+        Some(_) => "while training on a chain that fills its window",
+        None if rank.rollout() >= rank.training() => "while chains run",
+        None => "while training",
+    };
+    all.add_row(["peak".to_owned(), bytes_in_words(job.plan.peak_bytes()), largest.to_owned()]);
     if let Some(bytes) = all.column_mut(1) {
         bytes.set_cell_alignment(CellAlignment::Right);
     }
