@@ -2,7 +2,7 @@
 //!
 //! Blocks (files): the API runs it beside the scheduler. `coordinator train` does it first, so that what is wrong is
 //! said before a head or a worker is started. What must stay true: a model's weights are fetched after everything that
-//! its configuration tells was found right, memory included.
+//! its configuration tells was found right, the memory of CPUs included (what a GPU holds is known to its rank alone).
 
 use std::path::{Path, PathBuf};
 

@@ -5,7 +5,7 @@
 use crate::model_dir::ModelConfig;
 
 use super::Precision;
-use super::workload::head_tokens;
+use super::workload::{DeviceKind, head_tokens};
 
 /// Numbers that one layer keeps of one token for the backward pass.
 ///
@@ -40,6 +40,16 @@ pub(super) fn passing_numbers(model: &ModelConfig) -> u64 {
     of(model.hidden).saturating_mul(2).saturating_add(of(model.intermediate))
 }
 
+/// Numbers of one token that attention needs on its way back: rotated queries and keys, values, its output, and the gradients
+/// of all.
+#[must_use]
+pub(super) fn attended_numbers(model: &ModelConfig) -> u64 {
+    let of = |dimension: i64| u64::try_from(dimension).unwrap_or(u64::MAX);
+    let queries = of(model.heads).saturating_mul(of(model.head_dim));
+    let keys = of(model.kv_heads).saturating_mul(of(model.head_dim));
+    queries.saturating_add(keys).saturating_mul(4)
+}
+
 /// Bytes that forward and backward of `tokens` tokens hold at their peak, the head aside: what all layers keep, and
 /// once more a layer's worth of gradients on the way back, with what is computed again there. With `recompute`, layers keep their input alone and are
 /// computed again one at a time.
@@ -58,10 +68,15 @@ pub fn activation_bytes(model: &ModelConfig, precision: Precision, tokens: u64, 
     kept.saturating_add(working).saturating_add(ends).saturating_mul(precision.bytes()).saturating_mul(tokens)
 }
 
-/// Bytes of the head and the loss: the logits of a piece in f32, and their gradient in the model's numbers.
+/// Bytes of the head and the loss, by piece: the logits in f32 and their gradient in the model's numbers. libtorch's
+/// operators, which GPUs run, also make log-probs, probabilities and four steps to the gradient, all in f32.
 #[must_use]
-pub fn head_bytes(model: &ModelConfig, precision: Precision, tokens: u64) -> u64 {
+pub fn head_bytes(model: &ModelConfig, precision: Precision, kind: DeviceKind, tokens: u64) -> u64 {
     let vocab = u64::try_from(model.vocab).unwrap_or(u64::MAX).max(1);
     let rows = head_tokens(model.vocab).min(tokens);
-    rows.saturating_mul(vocab).saturating_mul(4 + precision.bytes())
+    let in_f32 = match kind {
+        DeviceKind::Cpu => 1,
+        DeviceKind::Cuda => 1 + 2 + 4,
+    };
+    rows.saturating_mul(vocab).saturating_mul(4 * in_f32 + precision.bytes())
 }

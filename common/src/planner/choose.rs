@@ -2,7 +2,7 @@
 
 use crate::config::MicroBatch;
 
-use super::parts::{bytes_a_token, rank_bytes, rollout_workspace, sandbox_bytes, training_bytes};
+use super::parts::{Rollout, bytes_a_token, rank_bytes, rollout_workspace, sandbox_bytes, training_bytes};
 use super::refusal::{Lacking, Refusal};
 use super::workload::{DeviceKind, Machine, Workload};
 use super::{Plan, RankBytes};
@@ -51,7 +51,8 @@ pub(super) fn attempt(work: &Workload<'_>, machine: &Machine) -> Result<Plan, (R
     let least_window = u64::from(work.window.unwrap_or(LEAST_WINDOW).min(most));
     let least = least_tokens(work, least_window);
     // One chain that fills its window, and the smallest micro-batch.
-    let least_rank = rank_bytes(work, machine.kind, (1, least_window), (least, work.may_recompute));
+    let one = Rollout { slots: 1, window: least_window, cache_tokens: least_window };
+    let least_rank = rank_bytes(work, machine.kind, one, (least, work.may_recompute));
     let free = match budget {
         None => u64::MAX,
         Some(budget) if least_rank.total_bytes > budget => {
@@ -75,9 +76,10 @@ pub(super) fn attempt(work: &Workload<'_>, machine: &Machine) -> Result<Plan, (R
     let slots = slots_that_fit(work, machine.kind, free, (window, a_token));
     let training = training_bytes(work, machine.kind, u64::from(tokens), recompute);
     let cache_tokens = cache_tokens(work, machine, (slots, window), (free, training));
-    let rank = rank_bytes(work, machine.kind, (slots, cache_tokens), (u64::from(tokens), recompute));
+    let rollout = Rollout { slots, window: u64::from(window), cache_tokens };
+    let rank = rank_bytes(work, machine.kind, rollout, (u64::from(tokens), recompute));
     let of_window = (u64::from(window), u64::from(window) > plain);
-    let longest = rank_bytes(work, machine.kind, (slots, cache_tokens), of_window).total_bytes;
+    let longest = rank_bytes(work, machine.kind, rollout, of_window).total_bytes;
     Ok(Plan {
         rank,
         longest_chain_bytes: (longest > rank.total_bytes).then_some(longest),

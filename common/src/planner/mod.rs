@@ -40,7 +40,10 @@ pub use parts::{RankBytes, SandboxBytes, fixed_bytes, parameters};
 pub use precision::Precision;
 pub use refusal::Refusal;
 pub use words::{bytes_in_words, rows};
-pub use workload::{DeviceKind, Machine, PAGE_TOKENS, PREFILL_TOKENS, SandboxRoom, Workload, head_tokens};
+pub use workload::{
+    ATTENDED_FOR_EACH, DeviceKind, GATHERED_CACHES, Machine, PAGE_TOKENS, PREFILL_TOKENS, SAMPLED_AT_A_TIME,
+    SandboxRoom, Workload, head_tokens,
+};
 
 use serde::Serialize;
 

@@ -4,16 +4,22 @@ use serde::Serialize;
 
 use crate::model_dir::ModelConfig;
 
-use super::activations::passing_numbers;
-use super::workload::{DeviceKind, Machine, PAGE_TOKENS, PREFILL_TOKENS, Workload};
+use super::activations::{attended_numbers, passing_numbers};
+use super::workload::{
+    ATTENDED_FOR_EACH, DeviceKind, GATHERED_CACHES, Machine, PAGE_TOKENS, PREFILL_TOKENS, SAMPLED_AT_A_TIME,
+    Workload,
+};
 use super::{Precision, activation_bytes, head_bytes, layer_numbers};
 
 /// libtorch and its kernels, this program, a tokenizer, chains on their way.
 const CPU_FIXED_BYTES: u64 = 220 << 20;
 /// A CUDA context, its libraries' workspaces, NCCL's buffers.
 const CUDA_FIXED_BYTES: u64 = 1200 << 20;
-/// f32 tensors `[slots, vocab]` alive while tokens are drawn: logits, and their order where that is asked for.
+/// f32 tensors `[slots, vocab]` alive on a CPU while tokens are drawn: logits, and their order where that is asked for.
 const SAMPLING_COPIES: u64 = 2;
+/// What libtorch's operators hold of a logit that a GPU draws from, at most: log-probs and their copy in descending order
+/// (4 each), ids (8), and of top-k and top-p five tensors in f64 or on their way to it.
+const SAMPLING_BYTES: u64 = 56;
 /// Halves of a layer's part of the cache that a GPU holds once more: attention gathers what it reads, in memory of
 /// ordinary passes and in that of recorded ones, whose padding is up to half as much again.
 const GATHERED_HALVES: u64 = 2 + 3;
@@ -132,7 +138,7 @@ fn cache_bytes_a_token(work: &Workload<'_>) -> u64 {
         .saturating_mul(of(model.head_dim))
 }
 
-/// Bytes beside the cache of each token in it, while chains run.
+/// Bytes of each token that attention gathers of the cache, while chains run.
 fn gathered_bytes_a_token(work: &Workload<'_>, kind: DeviceKind) -> u64 {
     match kind {
         DeviceKind::Cpu => 0,
@@ -143,9 +149,10 @@ fn gathered_bytes_a_token(work: &Workload<'_>, kind: DeviceKind) -> u64 {
     }
 }
 
-/// All bytes that a token in the cache takes.
+/// All bytes that a token in the cache takes at most.
 pub(super) fn bytes_a_token(work: &Workload<'_>, kind: DeviceKind) -> u64 {
-    cache_bytes_a_token(work).saturating_add(gathered_bytes_a_token(work, kind))
+    let gathered = gathered_bytes_a_token(work, kind).saturating_mul(GATHERED_CACHES);
+    cache_bytes_a_token(work).saturating_add(gathered)
 }
 
 /// Prefill of one pass, the logits of all slots, and on a GPU the page that padding is written to.
@@ -153,34 +160,55 @@ pub(super) fn rollout_workspace(work: &Workload<'_>, kind: DeviceKind, slots: u6
     let vocab = u64::try_from(work.model.vocab).unwrap_or(u64::MAX);
     let a_token = layer_numbers(work.model).saturating_add(passing_numbers(work.model));
     let prefill = a_token.saturating_mul(work.precision.bytes()).saturating_mul(PREFILL_TOKENS);
-    let sampling = slots.saturating_mul(vocab).saturating_mul(4 * SAMPLING_COPIES);
-    let padding = match kind {
-        DeviceKind::Cpu => 0,
-        DeviceKind::Cuda => cache_bytes_a_token(work).saturating_mul(PAGE_TOKENS),
+    let logits = slots.saturating_mul(vocab);
+    let beside = match kind {
+        DeviceKind::Cpu => logits.saturating_mul(4 * SAMPLING_COPIES),
+        DeviceKind::Cuda => {
+            let piece = logits.min(SAMPLED_AT_A_TIME.max(vocab)).saturating_mul(SAMPLING_BYTES);
+            let padding = cache_bytes_a_token(work).saturating_mul(PAGE_TOKENS);
+            logits.saturating_mul(4).saturating_add(piece).saturating_add(padding)
+        }
     };
-    prefill.saturating_add(sampling).saturating_add(padding)
+    prefill.saturating_add(beside)
 }
 
 /// Activations of a micro-batch as its device's memory holds them.
 fn held_activations(work: &Workload<'_>, kind: DeviceKind, tokens: u64, recompute: bool) -> u64 {
     let bytes = activation_bytes(work.model, work.precision, tokens, recompute);
     match kind {
-        DeviceKind::Cpu => bytes.saturating_add(bytes / HEAP_HOLES),
+        DeviceKind::Cpu => {
+            let attended =
+                (ATTENDED_FOR_EACH - 1).saturating_mul(tokens).saturating_mul(attended_numbers(work.model));
+            let bytes = bytes.saturating_add(attended.saturating_mul(work.precision.bytes()));
+            bytes.saturating_add(bytes / HEAP_HOLES)
+        }
+        // Beginnings are not shared there.
         DeviceKind::Cuda => bytes,
     }
 }
 
 /// Head and activations of a micro-batch.
 pub(super) fn training_bytes(work: &Workload<'_>, kind: DeviceKind, tokens: u64, recompute: bool) -> u64 {
-    let head = head_bytes(work.model, work.precision, tokens);
+    let head = head_bytes(work.model, work.precision, kind, tokens);
     held_activations(work, kind, tokens, recompute).saturating_add(head)
 }
 
-/// All parts, for a cache of `cache_tokens` in `slots` and micro-batches of `tokens`.
+/// What chains of a rollout get.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rollout {
+    /// Chains at a time.
+    pub(super) slots: u64,
+    /// Tokens of one at most.
+    pub(super) window: u64,
+    /// Tokens of all whose keys and values are cached.
+    pub(super) cache_tokens: u64,
+}
+
+/// All parts, for these chains and micro-batches of `tokens`.
 pub(super) fn rank_bytes(
     work: &Workload<'_>,
     kind: DeviceKind,
-    (slots, cache_tokens): (u64, u64),
+    Rollout { slots, window, cache_tokens }: Rollout,
     (tokens, recompute): (u64, bool),
 ) -> RankBytes {
     let (all, number) = (parameters(work.model), work.precision.bytes());
@@ -191,7 +219,9 @@ pub(super) fn rank_bytes(
         Precision::F32 => 8,
         Precision::Bf16 => 12,
     };
-    let gathered = gathered_bytes_a_token(work, kind).saturating_mul(cache_tokens);
+    // No chain reads more than its window.
+    let read = slots.saturating_mul(window).min(cache_tokens.saturating_mul(GATHERED_CACHES));
+    let gathered = gathered_bytes_a_token(work, kind).saturating_mul(read);
     RankBytes {
         weights,
         reference: if work.reference { weights } else { 0 },
@@ -201,7 +231,7 @@ pub(super) fn rank_bytes(
         kv_cache: cache_bytes_a_token(work).saturating_mul(cache_tokens),
         rollout_workspace: rollout_workspace(work, kind, slots).saturating_add(gathered),
         activations: held_activations(work, kind, tokens, recompute),
-        head: head_bytes(work.model, work.precision, tokens),
+        head: head_bytes(work.model, work.precision, kind, tokens),
         total_bytes: 0,
     }
     .summed()

@@ -125,18 +125,17 @@ impl Plan {
             ),
             _ => "; how much there is is not known".to_owned(),
         };
-        let mut lines =
-            vec![format!("a rank needs {} at its peak{of}", bytes_in_words(self.rank.total_bytes))];
+        let mut lines = vec![format!("a rank needs {} at its peak{of}", bytes_in_words(self.peak_bytes()))];
         lines.push(match self.micro_batch {
             MicroBatch::Chains(chains) => {
                 format!("micro-batches of {chains} chains, up to {} tokens", self.micro_batch_tokens)
             }
             _ => format!("micro-batches of up to {} tokens", self.micro_batch_tokens),
         });
-        if let Some(bytes) = self.longest_chain_bytes {
+        if self.longest_chain_bytes.is_some() {
             lines.push(format!(
-                "a longer chain is a micro-batch alone: {} at its peak if it fills its window",
-                bytes_in_words(bytes)
+                "{} of that if no chain is longer than a micro-batch: one that fills its window is a micro-batch alone",
+                bytes_in_words(self.rank.total_bytes)
             ));
         }
         if let Some(above) = self.recompute_above_tokens {

@@ -11,6 +11,12 @@ use super::Precision;
 pub const PREFILL_TOKENS: u64 = 4096;
 /// Tokens of a page of the rollout engine's KV cache.
 pub const PAGE_TOKENS: u64 = 64;
+/// Tokens that attention may see for each token of a micro-batch: beginnings that rows share are laid before each of them.
+pub const ATTENDED_FOR_EACH: u64 = 4;
+/// Logits from which a GPU draws tokens at a time.
+pub const SAMPLED_AT_A_TIME: u64 = 4 << 20;
+/// Tokens that a GPU's attention gathers for a pass, in KV caches at most: a page that chains share is gathered for each.
+pub const GATHERED_CACHES: u64 = 2;
 /// Logits of the head that exist at a time in training: 128 MiB in f32. Enough rows that adding the head's gradient is a
 /// small part.
 const HEAD_LOGITS: u64 = 32 << 20;

@@ -98,7 +98,7 @@ impl Job {
         &self,
         shard: TrainShard,
     ) -> Result<(BTreeMap<String, f64>, PolicyVersion, String), RankError> {
-        let (planned, on_cpu) = (self.plan.rank.total_bytes, self.place == Place::Cpu);
+        let (planned, on_cpu) = (self.plan.peak_bytes(), self.place == Place::Cpu);
         let work = move |device: &mut agentfly_policy::device::Device<LearnerSeat>| {
             let learner = device
                 .extra

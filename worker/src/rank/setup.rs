@@ -16,7 +16,7 @@ use agentfly_agent::tools::{PythonRunner, ToolSet};
 use agentfly_c10d::{Group, Store};
 use agentfly_common::config::Config;
 use agentfly_common::ids::PolicyVersion;
-use agentfly_common::planner::{PAGE_TOKENS, PREFILL_TOKENS, Plan};
+use agentfly_common::planner::{GATHERED_CACHES, PAGE_TOKENS, PREFILL_TOKENS, Plan, SAMPLED_AT_A_TIME};
 use agentfly_common::seed::JobSeed;
 use agentfly_common::telemetry::TRACE;
 use agentfly_policy::device::{Device, DeviceHandle};
@@ -33,7 +33,7 @@ use super::learner_config::learner_config;
 use super::memory::{dtype, plan_rank};
 use super::python::SandboxPython;
 use super::train::learner_error;
-use super::{RankError, RankOptions, Reporter};
+use super::{RankError, RankOptions, Reporter, determinism};
 
 /// Folder of the model inside a checkpoint, in Hugging Face layout.
 pub(super) const MODEL_DIR: &str = "huggingface";
@@ -75,6 +75,7 @@ pub(super) async fn prepare(
 
     reporter.activity.set("planning memory");
     let plan = plan_rank(options, &config, &model_dir).map_err(RankError::operator)?;
+    determinism::check(options.device.0, &config, &model_dir, plan.precision).map_err(RankError::operator)?;
     reporter.activity.set(format!("loading {}", model_dir.display()));
     let version = PolicyVersion(prepare.policy_version);
     let load = start_device(options, &config, &model_dir, &plan, version);
@@ -128,8 +129,10 @@ async fn start_device(
     DeviceHandle::start(make).await.map_err(RankError::operator)
 }
 
-// The plan counts a page, and knows no libtorch.
+// The plan counts them, and knows no libtorch.
 const _: () = assert!(PAGE_TOKENS == agentfly_c10d::ops::PAGE_TOKENS as u64);
+const _: () = assert!(SAMPLED_AT_A_TIME == agentfly_c10d::ops::SAMPLED_AT_A_TIME as u64);
+const _: () = assert!(GATHERED_CACHES == agentfly_policy::engine::GATHERED_CACHES as u64);
 
 /// The engine's limits and ways.
 fn engine_config(config: &Config, plan: &Plan) -> EngineConfig {
