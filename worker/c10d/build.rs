@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Below `csrc/`.
-const SOURCES: [&str; 11] = [
+const SOURCES: [&str; 12] = [
     "shim",
     "graph",
     "ops",
@@ -18,6 +18,7 @@ const SOURCES: [&str; 11] = [
     "ops/pointwise",
     "ops/attention",
     "ops/attention_backward",
+    "ops/packed",
     "ops/attention_plain",
     "ops/vocabulary",
 ];

@@ -91,8 +91,16 @@ int af_rope(void* x, void* cos, void* sin, int64_t heads, void** out) {
   return guarded([&] { give(out, af::rope(as_tensor(x), as_tensor(cos), as_tensor(sin), heads)); });
 }
 
-int af_attention(void* qkv, void* starts, int64_t queries, int64_t keys, int64_t dim, void** out) {
-  return guarded([&] { give(out, af::attention(as_tensor(qkv), as_tensor(starts), {queries, keys, dim})); });
+int af_attention(void* qkv, const AfPacked* packing, int64_t queries, int64_t keys, int64_t dim, void** out) {
+  return guarded([&] {
+    af::Packed packed{as_tensor(packing->starts), {}, {}, {}};
+    if (packing->rows) {
+      packed.rows = as_tensor(packing->rows);
+      packed.kept = as_tensor(packing->kept);
+      packed.skip = as_tensor(packing->skip);
+    }
+    give(out, af::attention(as_tensor(qkv), packed, {queries, keys, dim}));
+  });
 }
 
 int af_paged_attention(void* qkv, void* pages, int64_t layer, const AfPagedStep* step, int64_t queries, int64_t keys,

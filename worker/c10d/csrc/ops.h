@@ -21,7 +21,11 @@ void af_linear_drop(AfLinear* linear);
 int af_rms_norm(void* x, void* weight, void* grad, double eps, void** out);  // grad: NULL or a sum in f32
 int af_rope(void* x, void* cos, void* sin, int64_t heads, void** out);
 
-int af_attention(void* qkv, void* starts, int64_t queries, int64_t keys, int64_t dim, void** out);
+// The tensors of af::Packed, see ops/attention.h; rows, kept and skip may be NULL together.
+typedef struct AfPacked {
+  void *starts, *rows, *kept, *skip;
+} AfPacked;
+int af_attention(void* qkv, const AfPacked* packing, int64_t queries, int64_t keys, int64_t dim, void** out);
 // The tensors of af::Paged and af::Places, see ops/attention.h.
 typedef struct AfPagedStep {
   void *starts, *lengths, *table;

@@ -4,6 +4,7 @@ mod support;
 
 use std::path::Path;
 
+use agentfly_c10d::ops::Packed;
 use agentfly_policy::model::{Attention, Decoder, ModelConfig, export, score, tensor_bytes};
 use support::{FAMILIES, config_json, full_logits, model, text};
 use tch::{Device, Kind, Tensor};
@@ -136,16 +137,15 @@ fn misshapen_input_is_an_error_and_not_a_panic() {
     let flat = Tensor::from_slice(&[1_i64, 2, 3]);
     let floats = Tensor::from_slice(&[1_f32, 2.0, 3.0]);
     let outside = Tensor::from_slice(&[1_i64, 500, 2]);
-    let starts = |ends: &[i64]| Tensor::from_slice(ends);
-    for (ids, positions, starts, needle) in [
-        (flat.unsqueeze(0), flat.unsqueeze(0), starts(&[0, 3]), "got [1, 3] Int64"),
-        (floats.shallow_clone(), floats, starts(&[0, 3]), "Float on Cpu"),
-        (flat.shallow_clone(), flat.narrow(0, 0, 2), starts(&[0, 3]), "positions: got [2]"),
-        (outside, flat.shallow_clone(), starts(&[0, 3]), "index out of range"),
-        (flat.shallow_clone(), flat.shallow_clone(), starts(&[0, 2]), "starts [0, 2] of 3 rows"),
-        (flat.shallow_clone(), flat.shallow_clone(), starts(&[0, 2, 2, 3]), "starts [0, 2, 2, 3] of 3 rows"),
+    let packed = |ends: &[i64]| Packed::new(ends, Device::Cpu).unwrap();
+    for (ids, positions, packed, needle) in [
+        (flat.unsqueeze(0), flat.unsqueeze(0), packed(&[0, 3]), "got [1, 3] Int64"),
+        (floats.shallow_clone(), floats, packed(&[0, 3]), "Float on Cpu"),
+        (flat.shallow_clone(), flat.narrow(0, 0, 2), packed(&[0, 3]), "positions: got [2]"),
+        (outside, flat.shallow_clone(), packed(&[0, 3]), "index out of range"),
+        (flat.shallow_clone(), flat.shallow_clone(), packed(&[0, 2]), "rows: 2"),
     ] {
-        let said = decoder.hidden(&ids, &positions, Attention::Packed(&starts)).unwrap_err().to_string();
+        let said = decoder.hidden(&ids, &positions, Attention::Packed(&packed)).unwrap_err().to_string();
         assert!(said.contains(needle) && !said.contains('\n'), "{said}");
     }
     assert!(decoder.logits(&Tensor::zeros([2, 7], (Kind::Float, Device::Cpu))).is_err());
@@ -179,9 +179,9 @@ fn a_sequence_is_computed_alike_whatever_is_packed_beside_it() {
         let texts = [text(30, 1), text(1, 2), text(70, 3)];
         let ids: Vec<i64> = texts.concat().into_iter().map(i64::from).collect();
         let positions: Vec<i64> = texts.iter().flat_map(|t| 0..t.len() as i64).collect();
-        let starts = Tensor::from_slice(&[0_i64, 30, 31, 101]);
+        let sequences = Packed::new(&[0, 30, 31, 101], Device::Cpu).unwrap();
         let (ids, positions) = (Tensor::from_slice(&ids), Tensor::from_slice(&positions));
-        let hidden = decoder.hidden(&ids, &positions, Attention::Packed(&starts)).unwrap();
+        let hidden = decoder.hidden(&ids, &positions, Attention::Packed(&sequences)).unwrap();
         let packed = decoder.logits(&hidden).unwrap();
         for (text, start) in texts.iter().zip([0, 30, 31]) {
             let own = packed.narrow(0, start, text.len() as i64);

@@ -8,6 +8,7 @@
 #include "attention_backward.h"
 #include "attention_plain.h"
 #include "few_rows.h"
+#include "packed.h"
 #include "tile.h"
 
 namespace af {
@@ -107,21 +108,23 @@ struct Tile {
   int64_t sequence, head, token;
 };
 
-std::vector<Tile> tiles_of(const int64_t* starts, int64_t sequences, const Heads& heads) {
+// Of the tokens from skip[s] on, or of all.
+std::vector<Tile> tiles_of(const int64_t* starts, const int64_t* skip, int64_t sequences, const Heads& heads) {
   std::vector<Tile> tiles;
   for (int64_t s = 0; s < sequences; s++)
     for (int64_t h = 0; h < heads.keys; h++)
-      for (int64_t t = 0; t < starts[s + 1] - starts[s]; t += tile_tokens(heads)) tiles.push_back({s, h, t});
+      for (int64_t t = skip ? skip[s] : 0; t < starts[s + 1] - starts[s]; t += tile_tokens(heads))
+        tiles.push_back({s, h, t});
   return tiles;
 }
 
 template <class T>
-void attend_packed(const at::Tensor& qkv, const at::Tensor& starts, const Heads& heads, const at::Tensor& out,
+void attend_packed(const at::Tensor& qkv, const Packed& packing, const Heads& heads, const at::Tensor& out,
                    float* lse) {
   const T* rows = static_cast<const T*>(qkv.const_data_ptr());
   T* result = static_cast<T*>(out.mutable_data_ptr());
-  const int64_t* start = starts.const_data_ptr<int64_t>();
-  const int64_t sequences = starts.size(0) - 1, dim = heads.dim, row = heads.row();
+  const int64_t* start = packing.starts.const_data_ptr<int64_t>();
+  const int64_t sequences = packing.starts.size(0) - 1, dim = heads.dim, row = heads.row();
   std::vector<int64_t> first_block(sequences + 1, 0);
   std::vector<std::pair<int64_t, int64_t>> of_block;  // sequence, block within it
   for (int64_t s = 0; s < sequences; s++) {
@@ -141,7 +144,7 @@ void attend_packed(const at::Tensor& qkv, const at::Tensor& starts, const Heads&
       pack_values(k + heads.keys * dim, count, dim, row, pack + i * size + key_size);
     }
   });
-  const auto tiles = tiles_of(start, sequences, heads);
+  const auto tiles = tiles_of(start, skipped(packing), sequences, heads);
   const auto nothing = [](int64_t) -> const T* { return nullptr; };
   hand_out<T>(static_cast<int64_t>(tiles.size()), 1, [&](int64_t i, int64_t) {
     const auto [s, h, t] = tiles[i];
@@ -186,7 +189,7 @@ void store_and_attend(const at::Tensor& qkv, const Paged& paged, const Heads& he
       }
     }
   });
-  const auto tiles = tiles_of(start, sequences, heads);
+  const auto tiles = tiles_of(start, nullptr, sequences, heads);
   hand_out<T>(static_cast<int64_t>(tiles.size()), kTilesInARow, [&](int64_t i, int64_t end) {
     const auto [s, h, t] = tiles[i];
     const int64_t token = start[s] + t, count = start[s + 1] - start[s];
@@ -205,22 +208,28 @@ void store_and_attend(const at::Tensor& qkv, const Paged& paged, const Heads& he
   });
 }
 
-at::Tensor attend(const at::Tensor& qkv, const at::Tensor& starts, const Heads& heads, float* lse) {
+// Of all tokens' rows; what is skipped stays as it was.
+at::Tensor attend(const at::Tensor& qkv, const Packed& packed, const Heads& heads, float* lse) {
   const at::Tensor out = at::empty({qkv.size(0), heads.queries * heads.dim}, qkv.options());
   if (qkv.scalar_type() == at::kBFloat16) {
-    attend_packed<bf16>(qkv, starts, heads, out, lse);
+    attend_packed<bf16>(qkv, packed, heads, out, lse);
   } else {
-    attend_packed<float>(qkv, starts, heads, out, lse);
+    attend_packed<float>(qkv, packed, heads, out, lse);
   }
   return out;
 }
 
+// Beginnings are laid before each sequence that has them for the time of a call: copies cost little beside the products
+// that they are spared, and every token's attention is, to the bit, that of its whole sequence.
 struct AttentionGraph : public torch::autograd::Function<AttentionGraph> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& qkv, const at::Tensor& starts,
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& qkv, int64_t packing,
                             int64_t queries, int64_t keys, int64_t dim) {
-    const at::Tensor lse = at::empty({qkv.size(0), queries}, qkv.options().dtype(at::kFloat));
-    const at::Tensor out = attend(qkv, starts, {queries, keys, dim}, lse.mutable_data_ptr<float>());
-    ctx->save_for_backward({qkv, starts, out, lse});
+    const auto& packed = *reinterpret_cast<const Packed*>(packing);
+    const at::Tensor tokens = tokens_of(qkv, packed);
+    const at::Tensor lse = at::empty({tokens.size(0), queries}, qkv.options().dtype(at::kFloat));
+    const at::Tensor out =
+        rows_of(attend(tokens, packed, {queries, keys, dim}, lse.mutable_data_ptr<float>()), packed);
+    ctx->save_for_backward({qkv, out, rows_of(lse, packed), packed.starts, packed.rows, packed.kept, packed.skip});
     ctx->saved_data["heads"] = std::vector<int64_t>{queries, keys, dim};
     return out;
   }
@@ -229,20 +238,22 @@ struct AttentionGraph : public torch::autograd::Function<AttentionGraph> {
     at::NoGradGuard no_grad;
     const auto saved = ctx->get_saved_variables();
     const auto heads = ctx->saved_data["heads"].toIntVector();
-    const at::Tensor g = attention_backward(outputs[0].contiguous(), saved[0], saved[1], saved[2], saved[3],
-                                            {heads[0], heads[1], heads[2]});
-    return {g, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
+    const Packed packed{saved[3], saved[4], saved[5], saved[6]};
+    const auto all = [&](const at::Tensor& rows) { return tokens_of(rows, packed); };
+    const at::Tensor g = attention_backward(all(outputs[0].contiguous()), all(saved[0]), packed, all(saved[1]),
+                                            all(saved[2]), {heads[0], heads[1], heads[2]});
+    return {summed(g, packed, saved[0].size(0)), at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
 }  // namespace
 
-at::Tensor attention(const at::Tensor& input, const at::Tensor& starts, Heads heads) {
-  if (!fast(input, heads)) return plain_attention(input, starts, heads);
+at::Tensor attention(const at::Tensor& input, const Packed& packed, Heads heads) {
+  if (!fast(input, heads)) return rows_of(plain_attention(tokens_of(input, packed), packed.starts, heads), packed);
   const at::Tensor qkv = input.contiguous();
   if (at::GradMode::is_enabled() && qkv.requires_grad())
-    return AttentionGraph::apply(qkv, starts, heads.queries, heads.keys, heads.dim);
-  return attend(qkv, starts, heads, nullptr);
+    return AttentionGraph::apply(qkv, reinterpret_cast<int64_t>(&packed), heads.queries, heads.keys, heads.dim);
+  return rows_of(attend(tokens_of(qkv, packed), packed, heads, nullptr), packed);
 }
 
 at::Tensor paged_attention(const at::Tensor& input, const Paged& paged, Heads heads) {

@@ -14,9 +14,18 @@ struct Heads {
   int64_t group() const { return queries / keys; }
 };
 
-// Sequences one after another: sequence s is rows starts[s] to starts[s + 1] of qkv; `starts` is i64 on the CPU.
+// Whole sequences, and where their tokens lie in qkv. i64; on the CPU but for `rows` and `kept`, which are where qkv is.
+struct Packed {
+  at::Tensor starts;  // [s + 1]: sequence s is tokens starts[s] to starts[s + 1] of all sequences, one after another
+  // Where some begin alike, whose beginning is one stretch of rows then; else undefined, and token i is row i.
+  at::Tensor rows;  // [starts[s]]: each token's row
+  at::Tensor kept;  // [n]: the token from which a row gets its result
+  at::Tensor skip;  // [s]: tokens a sequence begins with that another one has results for
+  bool shared() const { return rows.defined(); }
+};
+
 // → [n, queries · dim]. Differentiable.
-at::Tensor attention(const at::Tensor& qkv, const at::Tensor& starts, Heads heads);
+at::Tensor attention(const at::Tensor& qkv, const Packed& packed, Heads heads);
 
 // What plain_paged_attention() needs to know of a step, on the device of the cache: made once, read by every layer.
 struct Places {

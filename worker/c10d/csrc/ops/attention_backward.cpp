@@ -5,6 +5,7 @@
 #include <numeric>
 #include <vector>
 
+#include "packed.h"
 #include "tile.h"
 
 namespace af {
@@ -70,7 +71,7 @@ struct Task {
   const Heads& heads;
   const T *g, *qkv, *out;  // at the sequence's first token
   const float* lse;
-  int64_t length, head;
+  int64_t length, skip, head;
   T* dqkv;
 
   void run() {
@@ -84,7 +85,9 @@ struct Task {
     float* dv = scratch<float, 12>(count * kBlock * wide);
     std::fill_n(dk, count * kBlock * wide, 0.0f);
     std::fill_n(dv, count * kBlock * wide, 0.0f);
-    for (int64_t t = 0; t < length; t += tile_tokens(heads)) tile(t, keys, dk, dv);
+    for (int64_t t = skip; t < length; t += tile_tokens(heads)) tile(t, keys, dk, dv);
+    for (int64_t t = 0; t < skip; t++)
+      std::fill_n(dqkv + t * row + head * heads.group() * dim, heads.group() * dim, T(0.0f));
     T* to = dqkv + (heads.queries + head) * dim;
     for (int64_t t = 0; t < length; t++) {
       round_row(dk + t * wide, dim, to + t * row);
@@ -155,13 +158,14 @@ struct Task {
 };
 
 template <class T>
-void run_all(const at::Tensor& g, const at::Tensor& qkv, const at::Tensor& starts, const at::Tensor& out,
+void run_all(const at::Tensor& g, const at::Tensor& qkv, const Packed& packed, const at::Tensor& out,
              const at::Tensor& lse, const Heads& heads, const at::Tensor& dqkv) {
-  const int64_t* start = starts.const_data_ptr<int64_t>();
-  const int64_t tasks = (starts.size(0) - 1) * heads.keys, out_row = heads.queries * heads.dim;
+  const int64_t *start = packed.starts.const_data_ptr<int64_t>(), *skip = skipped(packed);
+  const int64_t sequences = packed.starts.size(0) - 1, tasks = sequences * heads.keys;
+  const int64_t out_row = heads.queries * heads.dim;
   const auto in = [](const at::Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); };
   // The longest first: the last to be handed out are short, and no thread waits long for another's.
-  std::vector<int64_t> order(starts.size(0) - 1);
+  std::vector<int64_t> order(sequences);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return start[a + 1] - start[a] > start[b + 1] - start[b]; });
@@ -173,6 +177,7 @@ void run_all(const at::Tensor& g, const at::Tensor& qkv, const at::Tensor& start
             in(out) + token * out_row,
             lse.const_data_ptr<float>() + token * heads.queries,
             start[s + 1] - token,
+            skip ? skip[s] : 0,
             i % heads.keys,
             static_cast<T*>(dqkv.mutable_data_ptr()) + token * heads.row()}
         .run();
@@ -181,13 +186,13 @@ void run_all(const at::Tensor& g, const at::Tensor& qkv, const at::Tensor& start
 
 }  // namespace
 
-at::Tensor attention_backward(const at::Tensor& g, const at::Tensor& qkv, const at::Tensor& starts,
-                              const at::Tensor& out, const at::Tensor& lse, Heads heads) {
+at::Tensor attention_backward(const at::Tensor& g, const at::Tensor& qkv, const Packed& packed, const at::Tensor& out,
+                              const at::Tensor& lse, Heads heads) {
   const at::Tensor dqkv = at::empty_like(qkv);
   if (qkv.scalar_type() == at::kBFloat16) {
-    run_all<bf16>(g, qkv, starts, out, lse, heads, dqkv);
+    run_all<bf16>(g, qkv, packed, out, lse, heads, dqkv);
   } else {
-    run_all<float>(g, qkv, starts, out, lse, heads, dqkv);
+    run_all<float>(g, qkv, packed, out, lse, heads, dqkv);
   }
   return dqkv;
 }

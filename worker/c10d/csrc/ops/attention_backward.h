@@ -5,8 +5,9 @@
 
 namespace af {
 
-// g and out [n, queries · dim], lse [n, queries] f32 → the gradient of qkv.
-at::Tensor attention_backward(const at::Tensor& g, const at::Tensor& qkv, const at::Tensor& starts,
-                              const at::Tensor& out, const at::Tensor& lse, Heads heads);
+// Of all tokens: g and out [n, queries · dim], lse [n, queries] f32 → the gradient of qkv. Those that are skipped give
+// their keys and values one and their queries none.
+at::Tensor attention_backward(const at::Tensor& g, const at::Tensor& qkv, const Packed& packed, const at::Tensor& out,
+                              const at::Tensor& lse, Heads heads);
 
 }  // namespace af

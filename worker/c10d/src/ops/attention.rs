@@ -1,8 +1,10 @@
-//! Causal grouped-query attention over packed sequences (training, scoring). Through a cache: [`super::paged`].
+//! Causal grouped-query attention over [packed sequences](super::Packed) (training, scoring). Through a cache:
+//! [`super::paged`].
 
 use tch::{Kind, Tensor};
 
-use super::{expect, expect_host_indices, expect_rows, ffi, one, shown, size};
+use super::packed::Packed;
+use super::{expect, expect_rows, ffi, one, shown};
 use crate::Result;
 use crate::error::check;
 use crate::group::pointer;
@@ -52,22 +54,23 @@ pub(super) fn sequences(operation: &'static str, starts: &[i64], rows: i64) -> R
     Ok(count)
 }
 
-/// Each token attends to its own sequence up to itself: rows `[n, heads.row()]` with rotated queries and keys,
-/// sequence s in rows `starts[s]..starts[s + 1]` (i64 on the CPU) → `[n, queries · dim]`.
+/// Each token attends to its own sequence up to itself: rows `[n, heads.row()]` with rotated queries and keys →
+/// `[n, queries · dim]`. A beginning that sequences share is computed once, and on the way back gets the sum of what
+/// they give it.
 ///
 /// # Errors
-/// When the shapes do not fit, or memory is out.
-pub fn attention(qkv: &Tensor, starts: &Tensor, heads: Heads) -> Result<Tensor> {
+/// When the rows are not those that `packed` was made for, or memory is out.
+pub fn attention(qkv: &Tensor, packed: &Packed, heads: Heads) -> Result<Tensor> {
     let operation = "attention";
     let rows = heads.check(operation, qkv)?;
-    let ends = size(starts).first().copied().unwrap_or(0);
-    expect_host_indices(operation, "starts", starts, &[ends])?;
-    sequences(operation, &Vec::<i64>::try_from(starts).unwrap_or_default(), rows)?;
-    // SAFETY: live tensors; rows, starts and heads fit each other.
+    let fits = rows == packed.rows() && qkv.device() == packed.device();
+    expect(operation, fits, || format!("{} in {packed:?}", shown(qkv)))?;
+    // SAFETY: live tensors; the rows, heads and places fit each other.
     one(
         || format!("{operation} of {}", shown(qkv)),
         |out| unsafe {
-            ffi::af_attention(pointer(qkv), pointer(starts), heads.queries, heads.keys, heads.dim, out)
+            let raw = packed.raw();
+            ffi::af_attention(pointer(qkv), &raw const raw, heads.queries, heads.keys, heads.dim, out)
         },
     )
 }

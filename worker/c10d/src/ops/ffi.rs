@@ -5,6 +5,15 @@ use std::ffi::{c_int, c_void};
 /// Opaque: a linear map with its packed weights.
 pub(super) enum RawLinear {}
 
+/// `AfPacked`; the last three are null together.
+#[repr(C)]
+pub(super) struct RawPacked {
+    pub(super) starts: *mut c_void,
+    pub(super) rows: *mut c_void,
+    pub(super) kept: *mut c_void,
+    pub(super) skip: *mut c_void,
+}
+
 /// `AfPagedStep`: tensors, then whole numbers.
 #[repr(C)]
 pub(super) struct RawPagedStep {
@@ -79,7 +88,7 @@ unsafe extern "C" {
 
     pub(super) fn af_attention(
         qkv: *mut c_void,
-        starts: *mut c_void,
+        packed: *const RawPacked,
         queries: i64,
         keys: i64,
         dim: i64,

@@ -12,6 +12,7 @@ mod attention;
 mod ffi;
 mod fixed;
 mod linear;
+mod packed;
 mod paged;
 mod pointwise;
 mod vocabulary;
@@ -24,9 +25,10 @@ use tch::{Device, Kind, Tensor};
 pub use attention::{Heads, PAGE_TOKENS, attention, page_numbers};
 pub use fixed::{FixedStep, StepShape};
 pub use linear::Linear;
+pub use packed::{Packed, Sequence};
 pub use paged::{PagedStep, paged_attention};
 pub use pointwise::{Norm, rms_norm, rope};
-pub use vocabulary::{Draw, TokenTerms, is_divisor, sample, token_terms};
+pub use vocabulary::{Draw, SAMPLED_AT_A_TIME, TokenTerms, is_divisor, sample, token_terms};
 
 use crate::error::check;
 use crate::group::pointer;
@@ -78,12 +80,6 @@ fn expect_rows(operation: &'static str, x: &Tensor) -> Result<(i64, i64)> {
         &[rows, width] if is_floating(x) => Ok((rows, width)),
         _ => Err(Error::invalid(operation, format!("needs rows of numbers, got {}", shown(x)))),
     }
-}
-
-/// An error unless `x` is i64 on the CPU, dense and of this shape.
-fn expect_host_indices(operation: &'static str, name: &str, x: &Tensor, shape: &[i64]) -> Result<()> {
-    let fits = is(x, Kind::Int64, Device::Cpu) && x.is_contiguous() && x.size() == shape;
-    expect(operation, fits, || format!("{name} must be {shape:?} Int64 on the CPU, got {}", shown(x)))
 }
 
 /// Whether this crate's kernels run for tensors like this one: its kind and device, and this CPU.

@@ -1,10 +1,10 @@
 //! Attention over packed sequences is libtorch's, a sequence at a time, forward and back; through the cache, too.
 
-use agentfly_c10d::ops::{self, Heads, attention};
-use tch::{Kind, Tensor};
+use agentfly_c10d::ops::{self, Heads, Packed, Sequence, attention};
+use tch::{Device, Kind, Tensor};
 
 use crate::batch::{Chain, through_cache};
-use crate::util::{KINDS, Numbers, assert_true, has_kernels, leaf, starts, zeros};
+use crate::util::{KINDS, Numbers, assert_same_bits, assert_true, has_kernels, leaf, whole, zeros};
 
 pub(crate) const fn heads(queries: i64, keys: i64, dim: i64) -> Heads {
     Heads { queries, keys, dim }
@@ -76,7 +76,7 @@ fn packed_sequences_attend_each_to_itself_and_back() {
             );
             let by_libtorch = |kind: Kind| both_ways(|x| plain(x, lengths, h), &leaf(&qkv, kind), &g, h);
             let (truth, libtorch) = (by_libtorch(Kind::Double), by_libtorch(kind));
-            let ends = starts(lengths);
+            let ends = whole(lengths);
             let ours = both_ways(|x| attention(x, &ends, h).unwrap(), &leaf(&qkv, kind), &g, h);
             for (i, name) in ["mix", "queries", "keys", "values"].into_iter().enumerate() {
                 assert_true(
@@ -85,6 +85,71 @@ fn packed_sequences_attend_each_to_itself_and_back() {
                     &truth[i],
                     &libtorch[i],
                 );
+            }
+        }
+    }
+}
+
+/// Sequences that begin alike, two groups and one alone: [beginning, rests] of each.
+const GROUPS: [(usize, &[usize]); 3] = [(70, &[1, 66, 5]), (3, &[130, 2]), (0, &[9])];
+
+/// Their rows as they are packed, and those of each sequence as a whole, one after another.
+fn groups() -> (Vec<Sequence>, Vec<i64>, Vec<i64>) {
+    let (mut sequences, mut whole, mut lengths, mut next) = (Vec::new(), Vec::new(), Vec::new(), 0);
+    let mut take = |count: usize| {
+        next += count;
+        next - count..next
+    };
+    for (common, rests) in GROUPS {
+        let beginning = take(common);
+        for &rest in rests {
+            let sequence = Sequence { beginning: beginning.clone(), rest: take(rest) };
+            whole.extend(sequence.beginning.clone().chain(sequence.rest.clone()).map(|row| row as i64));
+            lengths.push((common + rest) as i64);
+            sequences.push(sequence);
+        }
+    }
+    (sequences, whole, lengths)
+}
+
+#[test]
+fn sequences_that_begin_alike_are_computed_as_each_alone_and_back() {
+    let (sequences, rows_of_whole, lengths) = groups();
+    let n = 70 + 72 + 3 + 132 + 9;
+    let packed = Packed::sharing(&sequences, n, Device::Cpu).unwrap();
+    let rows_of_whole = Tensor::from_slice(&rows_of_whole);
+    for kind in KINDS {
+        for h in [heads(6, 2, 32), heads(3, 1, 64), heads(65, 1, 16), heads(4, 2, 33)] {
+            let mut numbers = Numbers::new(h.dim as u64);
+            let qkv = numbers.tensor(&[n as i64, h.row()], kind) * 2.0;
+            let g = numbers.tensor(&[n as i64, h.queries * h.dim], kind);
+            let each = attention(&qkv.index_select(0, &rows_of_whole), &whole(&lengths), h).unwrap();
+            let ours = attention(&qkv, &packed, h).unwrap();
+            let what = format!("{h:?} {kind:?}");
+            if !has_kernels(kind) {
+                eprintln!(
+                    "{kind:?}: no kernel on this processor, and libtorch's own attention promises less"
+                );
+                continue;
+            }
+            if h.dim % 2 == 0 {
+                assert_same_bits(&what, &ours.index_select(0, &rows_of_whole), &each);
+            }
+            // What reaches a beginning is the sum of what its sequences give it; its own results count once.
+            let by_libtorch = |kind: Kind| {
+                let once = |x: &Tensor| {
+                    let y = plain(&x.index_select(0, &rows_of_whole), &lengths, h);
+                    let of_row: Vec<i64> = Vec::try_from(&rows_of_whole).unwrap();
+                    let first = |row| of_row.iter().position(|r| *r == row).unwrap() as i64;
+                    let first: Vec<i64> = (0..n as i64).map(first).collect();
+                    y.index_select(0, &Tensor::from_slice(&first))
+                };
+                both_ways(once, &leaf(&qkv, kind), &g, h)
+            };
+            let (truth, libtorch) = (by_libtorch(Kind::Double), by_libtorch(kind));
+            let ours = both_ways(|x| attention(x, &packed, h).unwrap(), &leaf(&qkv, kind), &g, h);
+            for (i, name) in ["mix", "queries", "keys", "values"].into_iter().enumerate() {
+                assert_true(&format!("{name} of {what}"), &ours[i], &truth[i], &libtorch[i]);
             }
         }
     }
@@ -102,7 +167,7 @@ fn attention_works_on_rows_that_lie_apart() {
         };
         let (truth, libtorch) = (by_libtorch(Kind::Double), by_libtorch(kind));
         let apart = wide.narrow(1, 2, h.row()).detach().set_requires_grad(true);
-        let ours = both_ways(|x| attention(x, &starts(&lengths), h).unwrap(), &apart, &g, h);
+        let ours = both_ways(|x| attention(x, &whole(&lengths), h).unwrap(), &apart, &g, h);
         for i in 0..4 {
             assert_true(&format!("part {i} {kind:?}"), &ours[i], &truth[i], &libtorch[i]);
         }
@@ -114,10 +179,10 @@ fn other_kinds_take_libtorchs_way() {
     let (h, lengths) = (heads(4, 2, 16), [3, 70]);
     let qkv = Numbers::new(6).tensor(&[73, h.row()], Kind::Float);
     let truth = plain(&qkv.to_kind(Kind::Double), &lengths, h);
-    let y = attention(&qkv.to_kind(Kind::Double), &starts(&lengths), h).unwrap();
+    let y = attention(&qkv.to_kind(Kind::Double), &whole(&lengths), h).unwrap();
     assert_true("f64", &y, &truth, &truth);
     let half = qkv.to_kind(Kind::Half);
-    let y = attention(&half, &starts(&lengths), h).unwrap();
+    let y = attention(&half, &whole(&lengths), h).unwrap();
     assert_eq!(y.kind(), Kind::Half);
     assert_true("f16", &y.to_kind(Kind::BFloat16), &truth, &truth.to_kind(Kind::BFloat16));
 }

@@ -7,7 +7,7 @@ use agentfly_c10d::ops::{
 use tch::{Device, Kind, Tensor};
 
 use crate::attention::heads;
-use crate::util::{KINDS, Numbers, assert_same_bits, has_kernels, leaf, norm, starts, swiglu, zeros};
+use crate::util::{KINDS, Numbers, assert_same_bits, has_kernels, leaf, norm, starts, swiglu, whole, zeros};
 
 /// A sequence's rows, and how many of them each step takes.
 pub(crate) struct Chain {
@@ -58,7 +58,7 @@ pub(crate) fn through_cache(chains: &[Chain], h: Heads, numbers: &mut Numbers) -
             table.push(tables[c].iter().copied().chain([i64::MAX; 2]).collect());
         }
         let lengths: Vec<i64> = running.iter().map(|&c| done[c]).collect();
-        let ends = Vec::<i64>::try_from(starts(&new)).unwrap();
+        let ends = starts(&new);
         let paged = PagedStep::new(&ends, &lengths, &table, count, Device::Cpu).unwrap();
         let y = paged_attention(&qkv, &pages, 1, &paged, h).unwrap();
         for (part, &c) in y.split_with_sizes(&new, 0).into_iter().zip(&running) {
@@ -107,7 +107,7 @@ fn prefill_in_any_stretches_and_decoding_are_packed_attention_bit_for_bit() {
             let mut numbers = Numbers::new(h.row() as u64);
             let (lengths, steps): (Vec<i64>, Vec<Vec<i64>>) = many_chains().into_iter().unzip();
             let qkv = numbers.tensor(&[lengths.iter().sum(), h.row()], kind) * 2.0;
-            let packed = attention(&qkv, &starts(&lengths), h).unwrap();
+            let packed = attention(&qkv, &whole(&lengths), h).unwrap();
             let mut chains = Chain::split(&qkv, &lengths, |_| Vec::new());
             for (chain, steps) in chains.iter_mut().zip(steps) {
                 chain.steps = steps;
@@ -117,7 +117,7 @@ fn prefill_in_any_stretches_and_decoding_are_packed_attention_bit_for_bit() {
             // Alone, and by autograd's way: the same.
             let alone = through_cache(&chains[3..4], h, &mut numbers);
             assert_same_bits(&format!("{h:?} {kind:?} alone"), &alone[0], &together[3]);
-            let recorded = attention(&leaf(&qkv, kind), &starts(&lengths), h).unwrap();
+            let recorded = attention(&leaf(&qkv, kind), &whole(&lengths), h).unwrap();
             assert_same_bits(&format!("{h:?} {kind:?} recorded"), &recorded, &packed);
         }
     }
@@ -134,7 +134,7 @@ fn tiny_and_huge_numbers_decode_to_the_same_bits() {
             let first = (h.queries + h.keys) * h.dim;
             qkv.narrow(1, first, h.keys * h.dim)
                 .copy_(&(numbers.tensor(&[100, h.keys * h.dim], kind) * values));
-            let packed = attention(&qkv, &starts(&[100]), h).unwrap();
+            let packed = attention(&qkv, &whole(&[100]), h).unwrap();
             let chains = Chain::split(&qkv, &[100], |_| std::iter::once(1).chain(vec![1; 99]).collect());
             let decoded = through_cache(&chains, h, &mut numbers);
             assert_same_bits(
@@ -197,7 +197,7 @@ fn everything(kind: Kind) -> Vec<Tensor> {
     let map = Linear::new(&[&weight], &[]).unwrap();
     map.train(&[&sum], &[]).unwrap();
     let qkv = map.apply_norm(&x, &norm(&scale, Some(&norm_sum), 1e-5)).unwrap();
-    let y = swiglu(&attention(&qkv, &starts(&lengths), h).unwrap());
+    let y = swiglu(&attention(&qkv, &whole(&lengths), h).unwrap());
     let g = numbers.tensor(&y.size(), kind);
     ops::backward(&y, &g).unwrap();
     let chains = Chain::split(&qkv.detach(), &lengths, |length| vec![length - 1, 1]);

@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 
 use crate::attention::heads;
 use crate::batch::{Chain, through_cache};
-use crate::util::{KINDS, Numbers, from_bits, leaf, norm, starts, swiglu, zeros};
+use crate::util::{KINDS, Numbers, from_bits, leaf, norm, swiglu, whole, zeros};
 
 /// Every form of NaN: quiet and not, of both signs, with the payloads that rounding could carry away.
 fn nans(kind: Kind) -> Vec<Tensor> {
@@ -141,7 +141,7 @@ fn attention_of_nan_is_nan_from_there_on() {
             // A query of the second head, a key, a value; all of the second sequence's token 70.
             for (part, column) in [("query", 16), ("key", 32), ("value", 48)] {
                 let bad = leaf(&with(&qkv, 110, column, &evil), kind);
-                let y = attention(&bad, &starts(&[40, 100]), h).unwrap();
+                let y = attention(&bad, &whole(&[40, 100]), h).unwrap();
                 let what = format!("{evil:?} in a {part} in {kind:?}");
                 assert!(finite(&y.narrow(0, 0, 40)), "{what} reached another sequence");
                 let infinite = evil.double_value(&[0]).is_infinite();

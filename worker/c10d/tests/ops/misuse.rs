@@ -1,8 +1,10 @@
 //! Whatever a caller gets wrong is an error that says so: never a panic, and never memory that is not its own.
 
+use std::ops::Range;
+
 use agentfly_c10d::ops::{
-    self, Draw, Heads, Linear, PagedStep, attention, page_numbers, paged_attention, rms_norm, rope, sample,
-    token_terms,
+    self, Draw, Heads, Linear, Packed, PagedStep, Sequence, attention, page_numbers, paged_attention,
+    rms_norm, rope, sample, token_terms,
 };
 use agentfly_c10d::{ErrorKind, Result};
 use tch::{Device, Kind, Tensor};
@@ -174,7 +176,8 @@ const HEADS: Heads = heads(2, 1, 2);
 
 #[test]
 fn attention_refuses_what_does_not_fit() {
-    let (qkv, starts) = (ones(&[3, 8]), indices(&[0, 1, 3]));
+    let packed = Packed::new(&[0, 1, 3], Device::Cpu).unwrap();
+    let qkv = ones(&[3, 8]);
     for wrong in [
         heads(0, 1, 2),
         heads(2, 0, 2),
@@ -186,30 +189,52 @@ fn attention_refuses_what_does_not_fit() {
         heads((1 << 61) + 2, 1 << 61, 2),
         heads(i64::MAX, 1, i64::MAX),
     ] {
-        refused(&format!("{wrong:?}"), attention(&qkv, &starts, wrong));
+        refused(&format!("{wrong:?}"), attention(&qkv, &packed, wrong));
     }
-    for (what, starts) in [
-        ("no starts", indices(&[])),
-        ("one start", indices(&[0])),
-        ("an end too far", indices(&[0, 1, 4])),
-        ("an end too near", indices(&[0, 2])),
-        ("an empty sequence", indices(&[0, 1, 1, 3])),
-        ("a way back", indices(&[0, 2, 1, 3])),
-        ("a start before", indices(&[-1, 3])),
-        ("a late start", indices(&[1, 3])),
-        ("two dimensions", indices(&[0, 1, 3]).view([1, 3])),
-        ("another kind", indices(&[0, 1, 3]).to_kind(Kind::Int)),
-        ("starts apart", indices(&[0, 9, 1, 9, 3, 9]).slice(0, 0, 6, 2)),
+    for (what, qkv) in [
+        ("a vector", ones(&[8])),
+        ("whole numbers", qkv.to_kind(Kind::Int64)),
         ("nothing", Tensor::new()),
+        ("a row more", ones(&[4, 8])),
+        ("no rows", ones(&[0, 8])),
     ] {
-        refused(what, attention(&qkv, &starts, HEADS));
+        refused(what, attention(&qkv, &packed, HEADS));
     }
-    for (what, qkv) in
-        [("a vector", ones(&[8])), ("whole numbers", qkv.to_kind(Kind::Int64)), ("nothing", Tensor::new())]
-    {
-        refused(what, attention(&qkv, &starts, HEADS));
+}
+
+#[test]
+fn sequences_are_refused_that_do_not_fit_their_rows() {
+    for (what, starts) in [
+        ("no starts", &[][..]),
+        ("one start", &[0]),
+        ("an empty sequence", &[0, 1, 1, 3]),
+        ("a way back", &[0, 2, 1, 3]),
+        ("a start before", &[-1, 3]),
+        ("a late start", &[1, 3]),
+    ] {
+        refused(what, Packed::new(starts, Device::Cpu));
     }
-    refused("no rows", attention(&ones(&[0, 8]), &indices(&[0]), HEADS));
+    let sequence = |beginning: Range<usize>, rest: Range<usize>| Sequence { beginning, rest };
+    for (what, sequences, rows) in [
+        ("none", vec![], 0),
+        ("an empty rest", vec![sequence(0..2, 2..2)], 2),
+        ("a row of nobody", vec![sequence(0..1, 1..2)], 3),
+        ("a row too far", vec![sequence(0..1, 1..4)], 3),
+        ("a range that ends before it starts", vec![sequence(Range { start: 2, end: 1 }, 0..3)], 3),
+        ("a rest of two", vec![sequence(0..1, 1..3), sequence(0..1, 1..3)], 3),
+        ("beginnings in part the same", vec![sequence(0..2, 2..3), sequence(1..2, 3..4)], 4),
+        ("another one's rest to begin with", vec![sequence(0..0, 0..2), sequence(0..2, 2..3)], 3),
+        ("a rest within its beginning", vec![sequence(0..3, 2..4)], 4),
+        ("more rows than there is memory", vec![sequence(0..1, 1..2)], usize::MAX),
+    ] {
+        refused(what, Packed::sharing(&sequences, rows, Device::Cpu));
+    }
+    let apart = Packed::sharing(&[sequence(3..4, 1..3), sequence(3..4, 0..1)], 4, Device::Cpu);
+    assert_eq!(
+        apart.map(|packed| packed.rows()).map_err(|e| e.to_string()),
+        Ok(4),
+        "rows may lie in any order"
+    );
 }
 
 /// A step in a cache of four pages; `most` pages a table.

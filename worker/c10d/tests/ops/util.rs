@@ -1,6 +1,6 @@
 //! Numbers to compute with, and ways to compare.
 
-use agentfly_c10d::ops;
+use agentfly_c10d::ops::{self, Packed};
 use tch::{Device, Kind, Tensor};
 
 /// The kinds the kernels are for.
@@ -122,12 +122,17 @@ pub(crate) fn indices(values: &[i64]) -> Tensor {
 }
 
 /// `[0, a, a + b, …]` of lengths.
-pub(crate) fn starts(lengths: &[i64]) -> Tensor {
+pub(crate) fn starts(lengths: &[i64]) -> Vec<i64> {
     let ends = lengths.iter().scan(0, |end, length| {
         *end += length;
         Some(*end)
     });
-    indices(&std::iter::once(0).chain(ends).collect::<Vec<_>>())
+    std::iter::once(0).chain(ends).collect()
+}
+
+/// Whole sequences of these lengths.
+pub(crate) fn whole(lengths: &[i64]) -> Packed {
+    Packed::new(&starts(lengths), Device::Cpu).unwrap()
 }
 
 pub(crate) fn has_kernels(kind: Kind) -> bool {

@@ -10,8 +10,7 @@ use agentfly_common::ids::{ChainKey, PolicyVersion, Purpose};
 use tch::{Device, Kind, Tensor};
 
 use super::config::MicroBatchLimit;
-use super::error::{LearnerError, NonFinite, RowName};
-use super::microbatch::{Row, plan};
+use super::error::{LearnerError, NonFinite};
 use super::offpolicy::OffPolicySums;
 use super::optimizer::{Optimizer, Update};
 use super::ranks::Ranks;
@@ -253,16 +252,6 @@ fn schedules_at_their_ends() {
 }
 
 #[test]
-fn micro_batches_are_filled_to_their_limit() {
-    assert_eq!(plan(&[5, 5, 5, 5, 5], MicroBatchLimit::Rows(2)), [vec![0, 1], vec![2, 3], vec![4]]);
-    assert_eq!(plan(&[5, 5, 5], MicroBatchLimit::Tokens(10)), [vec![0, 1], vec![2]]);
-    assert_eq!(plan(&[3, 5, 4, 0], MicroBatchLimit::Tokens(10)), [vec![1, 2], vec![0]], "longest first");
-    assert_eq!(plan(&[30], MicroBatchLimit::Tokens(10)), [vec![0]], "a row is never cut");
-    let without_loss = Row::new(RowName::Supervised(0), &[1, 2, 3], &[false; 3], 7).unwrap();
-    assert_eq!(without_loss.span(), 0, "nothing of it needs the model");
-}
-
-#[test]
 fn what_updates_report_is_averaged_over_updates_and_where_it_counts_tokens_over_tokens() {
     let mut sums = StepSums { tokens: 50, ..StepSums::default() };
     let applied = |grad_norm| Update { grad_norm, applied: true };
@@ -314,7 +303,6 @@ fn differences_of_probabilities_have_the_mean_and_standard_deviation_of_all_toke
     assert!(one.metrics()["training/rollout_probs_diff_std"].abs() < 1e-6, "one token has no spread");
 }
 
-/// Two rows with gaps in their masks and advantages of both signs.
 #[test]
 fn the_largest_difference_of_log_probs_is_told_and_a_nan_is_no_small_one() {
     let largest = |trained: &[f32], rollout: &[f32]| {
@@ -336,31 +324,55 @@ fn a_panic_within_a_step_is_an_error_that_leaves_the_learner_broken() {
     assert!(matches!(learner.train(&mut decoder, &shard()), Err(LearnerError::Broken)));
 }
 
-fn shard() -> TrainShard {
-    let row = |chain: u32, token_ids: &[u32], mask: [bool; 5], advantage: f32| TrainRow {
+/// A row of group 0.
+fn row(chain: u32, token_ids: &[u32], mask: [bool; 5], advantage: f32) -> TrainRow {
+    TrainRow {
         key: ChainKey { purpose: Purpose::Train, step: 1, group: 0, chain },
         token_ids: token_ids.to_vec(),
         loss_mask: mask.to_vec(),
         rollout_log_probs: mask.map(|sampled| if sampled { -2.0 } else { 0.0 }).to_vec(),
         advantages: mask.map(|sampled| if sampled { advantage } else { 0.0 }).to_vec(),
-    };
-    let rows = vec![
+    }
+}
+
+/// Two rows with gaps in their masks and advantages of both signs.
+fn shard() -> TrainShard {
+    shard_of(vec![
         row(0, &[1, 2, 3, 4, 5], [false, true, true, false, true], 1.5),
         row(1, &[6, 5, 4, 1, 2], [false, false, true, true, true], -0.5),
-    ];
-    let mini_batch = MiniBatch { rows, global_loss_tokens: 6, global_rows: 2 };
+    ])
+}
+
+/// Three that begin alike, as the model sees them once.
+fn shard_of_a_prompt() -> TrainShard {
+    shard_of(vec![
+        row(0, &[1, 2, 3, 4, 5], [false, false, false, true, true], 1.5),
+        row(1, &[1, 2, 3, 6, 1], [false, false, false, true, false], -1.25),
+        row(2, &[1, 2, 3, 4, 2], [false, false, false, true, true], 0.5),
+    ])
+}
+
+fn shard_of(rows: Vec<TrainRow>) -> TrainShard {
+    let loss_tokens = rows.iter().flat_map(|row| &row.loss_mask).filter(|loss| **loss).count();
+    let global_rows = rows.len() as u64;
+    let mini_batch = MiniBatch { rows, global_loss_tokens: loss_tokens as u64, global_rows };
     TrainShard { step: 1, policy_version: PolicyVersion(0), mini_batches: vec![mini_batch] }
 }
 
 /// The loss written out by its definition over a plain model in f64, on the first update of a step, where the ratio
 /// is 1: policy loss, KL loss and entropy, each the mean over all tokens with loss, and the gradient of their weighted
 /// sum.
-fn by_definition(decoder: &Decoder, reference: &Decoder, config: &LearnerConfig) -> ([f64; 3], Vec<f64>) {
+fn by_definition(
+    decoder: &Decoder,
+    reference: &Decoder,
+    config: &LearnerConfig,
+    shard: &TrainShard,
+) -> ([f64; 3], Vec<f64>) {
     let kl_coef = if config.use_kl_loss { config.kl_loss_coef } else { 0.0 };
     let (model, reference) = (PlainModel::of(decoder), PlainModel::of(reference));
     let zero = || Tensor::zeros([], (Kind::Double, Device::Cpu));
     let (mut policy, mut divergence, mut entropy) = (zero(), zero(), zero());
-    for row in &shard().mini_batches[0].rows {
+    for row in &shard.mini_batches[0].rows {
         let all = model.log_probs(&row.token_ids, config.temperature);
         let of_reference = reference.log_probs(&row.token_ids, config.temperature).detach();
         for at in (0..row.token_ids.len()).filter(|&at| row.loss_mask[at]) {
@@ -371,7 +383,8 @@ fn by_definition(decoder: &Decoder, reference: &Decoder, config: &LearnerConfig)
             entropy -= (all.get(place).exp() * all.get(place)).sum(Kind::Double);
         }
     }
-    let [policy, divergence, entropy] = [policy, divergence, entropy].map(|sum| sum / 6.0);
+    let [policy, divergence, entropy] =
+        [policy, divergence, entropy].map(|sum| sum / shard.mini_batches[0].global_loss_tokens as f64);
     (&policy + &divergence * kl_coef - &entropy * config.entropy_coeff).backward();
     let gradient = model.parameters.iter().flat_map(|(_, tensor)| numbers(&tensor.grad())).collect();
     ([policy, divergence, entropy].map(|value| value.double_value(&[])), gradient)
@@ -380,7 +393,7 @@ fn by_definition(decoder: &Decoder, reference: &Decoder, config: &LearnerConfig)
 #[test]
 fn the_gradient_is_that_of_the_loss_by_its_definition() {
     let base = LearnerConfig { grad_clip: 1e9, use_kl_loss: true, ..LearnerConfig::default() };
-    for (config, shape) in [
+    for (config, shape, shard) in [
         LearnerConfig { temperature: 0.7, kl_loss_coef: 3.0, entropy_coeff: 0.2, ..base.clone() },
         LearnerConfig { temperature: 1.0, kl_loss_coef: 0.5, entropy_coeff: -0.2, ..base.clone() },
         LearnerConfig { temperature: 2.0, kl_loss_coef: 0.5, entropy_coeff: 0.0, ..base.clone() },
@@ -389,8 +402,13 @@ fn the_gradient_is_that_of_the_loss_by_its_definition() {
         LearnerConfig { micro_batch: MicroBatchLimit::Rows(1), entropy_coeff: 0.1, ..base },
     ]
     .into_iter()
-    .flat_map(|config| [(config.clone(), smallest()), (config, larger())])
-    {
+    .flat_map(|config| {
+        [smallest(), larger()]
+            .map(|shape| [shard(), shard_of_a_prompt()].map(|shard| (shape.clone(), shard)))
+            .into_iter()
+            .flatten()
+            .map(move |(shape, shard)| (config.clone(), shape, shard))
+    }) {
         let reference = fresh(shape);
         let mut trained = copy(&reference);
         let mut learner = Learner::new(config.clone(), &trained, true, None).unwrap();
@@ -403,8 +421,8 @@ fn the_gradient_is_that_of_the_loss_by_its_definition() {
                     tensor.shallow_clone().g_add_(&(noise.sin() * size).view(tensor.size().as_slice()));
             }
         });
-        let ([policy, divergence, entropy], gradient) = by_definition(&trained, &reference, &config);
-        let stats = learner.train(&mut trained, &shard()).unwrap();
+        let ([policy, divergence, entropy], gradient) = by_definition(&trained, &reference, &config, &shard);
+        let stats = learner.train(&mut trained, &shard).unwrap();
         assert_close(
             &weights_of(&learner.optimizer, &learner.optimizer.grad),
             &gradient,

@@ -36,7 +36,7 @@ pub(super) fn backward(
     mut loss: impl FnMut(&Range<usize>, &Targets<'_>) -> Result<Tensor, LearnerError>,
 ) -> Result<(), LearnerError> {
     let rotation = decoder.rotation(&batch.ids, &batch.positions)?;
-    let reach = Attention::Packed(&batch.starts);
+    let reach = Attention::Packed(&batch.packed);
     let passed = Passed::forward(decoder, batch, &rotation, reach, recompute)?;
     let predicting = passed.hidden.f_index_select(0, &batch.predicting)?;
     let at_head = predicting.f_detach()?;

@@ -22,6 +22,7 @@ mod loss;
 mod microbatch;
 mod offpolicy;
 mod optimizer;
+mod plan;
 mod ranks;
 mod schedule;
 mod shard;

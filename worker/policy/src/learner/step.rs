@@ -14,7 +14,8 @@ use super::error::{LearnerError, NonFinite, RowName};
 use super::forward::{self, slice};
 use super::log_probs::log_probs;
 use super::loss::ppo_clip;
-use super::microbatch::{Row, TokenBatch, plan};
+use super::microbatch::{Row, TokenBatch};
+use super::plan::{places, plan};
 use super::stats::{StepStats, StepSums, UpdateSums};
 use crate::model::{Decoder, EMBEDDING, ModelError, host};
 
@@ -157,7 +158,7 @@ impl Learner {
     }
 
     fn log_probs(&self, decoder: &Decoder, rows: &[Row<'_>]) -> Result<LogProbs, LearnerError> {
-        log_probs(decoder, rows, self.config.micro_batch, self.config.temperature)
+        log_probs(decoder, rows, &self.config)
     }
 
     /// One optimizer update.
@@ -173,12 +174,12 @@ impl Learner {
         let started = Instant::now();
         let mut left = Left::default();
         let traced = info_span!(target: TRACE, "forward and backward").entered();
-        let spans: Vec<usize> = prepared.rows.iter().map(Row::span).collect();
         self.optimizer.zero_grad()?;
         let mut current: LogProbs = vec![Vec::new(); prepared.rows.len()];
-        for indices in plan(&spans, self.config.micro_batch) {
+        for planned in plan(&prepared.rows, self.config.micro_batch, decoder.is_batch_invariant()) {
+            let indices = places(&planned);
             let rows: Vec<&Row<'_>> = indices.iter().map(|&i| &prepared.rows[i]).collect();
-            let batch = TokenBatch::new(&rows, decoder.device())?;
+            let batch = TokenBatch::new(&prepared.rows, &planned, decoder.device())?;
             let columns = self.columns(prepared, &indices, old, reference, decoder)?;
             left.log_probs.clear();
             self.micro_batch(decoder, &batch, &columns, &rows, &mut left)?;

@@ -6,7 +6,8 @@ use tch::Kind;
 use super::Learner;
 use super::error::{LearnerError, NonFinite, RowName};
 use super::forward;
-use super::microbatch::{Row, TokenBatch, plan};
+use super::microbatch::{Row, TokenBatch};
+use super::plan::{places, plan};
 use super::stats::PhaseSeconds;
 use crate::model::{Decoder, EMBEDDING};
 
@@ -75,12 +76,11 @@ impl Learner {
         tokens: f64,
         lr: f64,
     ) -> Result<SupervisedStats, LearnerError> {
-        let spans: Vec<usize> = rows.iter().map(Row::span).collect();
         let (mut total, mut wrong) = ([0.0], None);
         let embedding = self.optimizer.gradient_of(EMBEDDING)?;
-        for indices in plan(&spans, self.config.micro_batch) {
-            let chosen: Vec<&Row<'_>> = indices.iter().map(|&i| &rows[i]).collect();
-            let batch = TokenBatch::new(&chosen, decoder.device())?;
+        for planned in plan(rows, self.config.micro_batch, decoder.is_batch_invariant()) {
+            let chosen: Vec<&Row<'_>> = places(&planned).into_iter().map(|i| &rows[i]).collect();
+            let batch = TokenBatch::new(rows, &planned, decoder.device())?;
             let recompute = self.config.recomputes(&batch);
             forward::backward(decoder, &batch, 1.0, recompute, &embedding, |_, terms| {
                 let loss = -terms.log_prob.sum(Kind::Float) / tokens;

@@ -4,7 +4,7 @@
 //! What must stay true: both ways give a token the same attention to the same tokens, so that a rollout's
 //! log-probs are the learner's.
 
-use agentfly_c10d::ops::{Heads, PagedStep, attention, paged_attention, rope};
+use agentfly_c10d::ops::{Heads, Packed, PagedStep, attention, paged_attention, rope};
 use agentfly_common::model_dir::ModelConfig;
 use tch::Tensor;
 
@@ -15,9 +15,9 @@ use super::rope::Rotation;
 /// What the tokens of a forward pass attend to.
 #[derive(Debug, Clone, Copy)]
 pub enum Attention<'a> {
-    /// Rows are whole sequences one after another: `[S + 1]` i64 on the CPU, sequence s is rows
-    /// `starts[s]..starts[s + 1]`. Each token attends to its own sequence up to itself.
-    Packed(&'a Tensor),
+    /// Rows are sequences one after another, some of which may share the rows of their beginning. Each token attends to
+    /// its own sequence up to itself.
+    Packed(&'a Packed),
     /// Tokens continue chains whose keys and values are cached; theirs are added.
     Paged {
         /// The cache, `[pages, layers, numbers]`.
@@ -60,7 +60,7 @@ impl SelfAttention {
         }
         let qkv = rope(&qkv, &rotation.cos, &rotation.sin, heads.queries + heads.keys)?;
         let mixed = match reach {
-            Attention::Packed(starts) => attention(&qkv, starts, heads)?,
+            Attention::Packed(packed) => attention(&qkv, packed, heads)?,
             Attention::Paged { pages, step } => paged_attention(&qkv, pages, layer as i64, step, heads)?,
         };
         self.output.apply(&mixed)

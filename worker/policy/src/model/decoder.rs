@@ -5,11 +5,13 @@
 
 use std::path::Path;
 
+use agentfly_c10d::ops::Packed;
 use agentfly_common::model_dir::{ModelConfig, ModelDir};
 use tch::{Device, Kind, Tensor};
 
 use super::attention::{Attention, SelfAttention};
 use super::error::ModelError;
+use super::invariance;
 use super::layers::{FindSum, Map, Norm};
 use super::load;
 use super::parameters::Parameters;
@@ -187,8 +189,7 @@ impl Decoder {
         }
         let _no_grad = tch::no_grad_guard();
         let first = Tensor::f_zeros([1], (Kind::Int64, self.device))?;
-        let starts = Tensor::f_from_slice(&[0_i64, 1])?;
-        let hidden = self.hidden(&first, &first, Attention::Packed(&starts))?;
+        let hidden = self.hidden(&first, &first, Attention::Packed(&Packed::new(&[0, 1], self.device)?))?;
         self.logits(&hidden).map(drop)
     }
 
@@ -208,6 +209,12 @@ impl Decoder {
     #[must_use]
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// Whether what it computes for a token is the same to the bit whatever rows are beside it.
+    #[must_use]
+    pub fn is_batch_invariant(&self) -> bool {
+        invariance::of_model(&self.config, self.kind, self.device)
     }
 
     /// Where the weights are.

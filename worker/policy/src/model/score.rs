@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use agentfly_c10d::ops::token_terms;
+use agentfly_c10d::ops::{Packed, token_terms};
 use agentfly_c10d::upload;
 use agentfly_common::planner::head_tokens;
 use tch::{Device, Tensor};
@@ -118,8 +118,8 @@ fn hidden(decoder: &Decoder, rows: &[&[u32]]) -> Result<Tensor, ModelError> {
         starts.push(starts[starts.len() - 1] + row.len() as i64);
     }
     let on_device = |host: &[i64]| upload(host, decoder.device());
-    let starts = Tensor::f_from_slice(&starts)?;
-    decoder.hidden(&on_device(&ids)?, &on_device(&positions)?, Attention::Packed(&starts))
+    let packed = Packed::new(&starts, decoder.device())?;
+    decoder.hidden(&on_device(&ids)?, &on_device(&positions)?, Attention::Packed(&packed))
 }
 
 fn check(decoder: &Decoder, rows: &[&[u32]]) -> Result<(), ModelError> {

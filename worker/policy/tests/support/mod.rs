@@ -6,6 +6,7 @@ pub(crate) mod distribution;
 
 use std::path::Path;
 
+use agentfly_c10d::ops::Packed;
 use agentfly_policy::model::{Attention, Decoder, ModelConfig};
 use tch::{Device, Kind, Tensor};
 
@@ -67,9 +68,9 @@ pub(crate) fn model(family: &str, seed: u64) -> Decoder {
 pub(crate) fn full_logits(decoder: &Decoder, ids: &[u32]) -> Tensor {
     let ids: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
     let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu));
-    let starts = Tensor::from_slice(&[0, ids.len() as i64]);
+    let packed = Packed::new(&[0, ids.len() as i64], Device::Cpu).expect("a text has tokens");
     let hidden = decoder
-        .hidden(&Tensor::from_slice(&ids), &positions, Attention::Packed(&starts))
+        .hidden(&Tensor::from_slice(&ids), &positions, Attention::Packed(&packed))
         .expect("the input is well formed");
     decoder.logits(&hidden).expect("the hidden states are the model's")
 }
