@@ -28,7 +28,7 @@ CHECKS = {
     "entropies": Check("f32 entropies: largest difference, nats", F32),
     "exact_log_probs": Check("f32 log-probs: from float64, nats", F32),
     "exact_entropies": Check("f32 entropies: from float64, nats", F32),
-    "gradients": Check("f32 gradients: |difference| / |gradient|, worst parameter", F32),
+    "gradients": Check("f32 gradients: from float32 / |gradient|, beyond its own from float64", F32),
     "exact_gradients": Check("f32 gradients: from float64 / |gradient|, worst parameter", F32),
     "greedy": Check("f32 greedy: continuations that part, ties aside", 0),
     "ties": Check("f32 greedy: share of continuations that part at a tie", 0.02),
