@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Below `csrc/`.
-const SOURCES: [&str; 11] = [
+const SOURCES: [&str; 12] = [
     "shim",
     "graph",
     "ops",
+    "ops/gemm",
     "ops/linear",
     "ops/weight_gradient",
     "ops/few_rows",
