@@ -12,6 +12,7 @@ const SOURCES: [&str; 12] = [
     "shim",
     "graph",
     "ops",
+    "ops/gemm",
     "ops/linear",
     "ops/weight_gradient",
     "ops/few_rows",

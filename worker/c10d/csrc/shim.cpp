@@ -188,13 +188,6 @@ int af_broadcast(AfGroup* group, void* tensor, int root, AfWork** out) {
   });
 }
 
-int af_all_gather(AfGroup* group, void* output, void* input, AfWork** out) {
-  return submit(out, [&] {
-    changed(as_tensor(output));
-    return group->backend->_allgather_base(as_tensor(output), as_tensor(input));
-  });
-}
-
 int af_reduce_scatter(AfGroup* group, void* output, void* input, int op, AfWork** out) {
   return submit(out, [&] {
     c10d::ReduceScatterOptions options;

@@ -42,7 +42,6 @@ void af_group_drop(AfGroup* group);
 
 int af_all_reduce(AfGroup* group, void* tensor, int op, AfWork** out);
 int af_broadcast(AfGroup* group, void* tensor, int root, AfWork** out);
-int af_all_gather(AfGroup* group, void* output, void* input, AfWork** out);
 int af_reduce_scatter(AfGroup* group, void* output, void* input, int op, AfWork** out);
 int af_send(AfGroup* group, void* tensor, int destination, int tag, AfWork** out);
 int af_recv(AfGroup* group, void* tensor, int source, int tag, AfWork** out);

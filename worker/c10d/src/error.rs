@@ -40,11 +40,19 @@ impl Error {
         Self { kind: ErrorKind::InvalidArgument, operation: operation.into(), text: text.into() }
     }
 
-    /// What one of tch's own calls failed with: its first line, a C++ backtrace follows.
+    /// What one of tch's own calls failed with.
     pub(crate) fn of_libtorch(operation: impl Into<String>, error: &tch::TchError) -> Self {
-        let text = error.to_string().lines().next().unwrap_or_default().to_owned();
-        Self { kind: ErrorKind::Other, operation: operation.into(), text }
+        Self { kind: ErrorKind::Other, operation: operation.into(), text: libtorch_reason(error) }
     }
+}
+
+/// Why one of tch's own calls failed, in libtorch's words: one line, without tch's name for such errors before it and
+/// the C++ backtrace behind it.
+#[must_use]
+pub fn libtorch_reason(error: &tch::TchError) -> String {
+    let text = error.to_string();
+    let text = text.strip_prefix("Internal torch error: ").unwrap_or(&text);
+    text.lines().next().unwrap_or("no reason given").to_owned()
 }
 
 /// Turns a shim code into a result; `operation` is only rendered when it failed.
@@ -75,4 +83,19 @@ pub(crate) fn c_string(what: &str, text: &str) -> Result<CString> {
 /// Milliseconds for the shim: at least one, since it reads zero as "for ever".
 pub(crate) fn milliseconds(duration: std::time::Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 4).clamp(1, i64::MAX / 4)
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Tensor;
+
+    use super::*;
+
+    #[test]
+    fn libtorchs_reason_is_its_first_line_and_nothing_of_tchs() {
+        let error = Tensor::from_slice(&[1.0, 2.0]).f_view([7]).unwrap_err();
+        assert!(error.to_string().lines().count() > 1, "a trace that is to be cut off: {error}");
+        let told = Error::of_libtorch("a view", &error).to_string();
+        assert_eq!(told, "a view failed (Other): shape '[7]' is invalid for input of size 2");
+    }
 }

@@ -75,12 +75,6 @@ unsafe extern "C" {
         root: c_int,
         out: *mut *mut RawWork,
     ) -> c_int;
-    pub(crate) fn af_all_gather(
-        group: *mut RawGroup,
-        output: *mut c_void,
-        input: *mut c_void,
-        out: *mut *mut RawWork,
-    ) -> c_int;
     pub(crate) fn af_reduce_scatter(
         group: *mut RawGroup,
         output: *mut c_void,

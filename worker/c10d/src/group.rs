@@ -144,22 +144,6 @@ impl Group {
         )
     }
 
-    /// All ranks' `input`s one after another: `output` holds `size` times as many elements of the same kind.
-    ///
-    /// # Errors
-    /// As [`Group::all_reduce`], and when the sizes do not fit.
-    pub fn all_gather(&self, output: &mut Tensor, input: &Tensor) -> Result<()> {
-        self.sized("all-gather", output, input)?;
-        self.run(
-            |out| {
-                // SAFETY: group and tensors are live; sizes and memory are checked.
-                unsafe { ffi::af_all_gather(self.raw, pointer(output), pointer(input), out) }
-            },
-            &[output, input],
-            || "all-gather".to_owned(),
-        )
-    }
-
     /// The reduction of all ranks' `input`s, of which rank r keeps the r-th of `size` equal parts in `output`.
     ///
     /// # Errors

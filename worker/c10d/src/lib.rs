@@ -1,9 +1,14 @@
-//! What libtorch has and tch does not bind, behind one small C++ shim: c10d's collectives (Gloo on CPU, NCCL on
-//! CUDA with feature `nccl`), its TCP store for rendezvous, the fused AdamW kernel, where gradients gather,
-//! copies to GPUs that nobody waits for, CUDA graphs, and the float32 matrix-product precision. It is the engine PyTorch itself
-//! uses.
+//! What libtorch has and tch does not bind, and what libtorch lacks or has slower, behind one small C++ shim:
 //!
-//! The learner calls the collectives and the optimizer kernel; the worker's session opens stores and groups.
+//! - [`Group`] and [`Store`]: process groups and their rendezvous, which are c10d's, the engine PyTorch itself uses: Gloo
+//!   on CPUs, NCCL on GPUs with feature `nccl`;
+//! - [`ops`]: the model's kernels, forward and back, on CPUs; elsewhere the same by libtorch's operators;
+//! - [`fused_adamw`]: libtorch's optimizer kernel;
+//! - [`CudaGraph`]: work on a GPU, recorded once and launched as one; [`upload`], copies to GPUs that nobody waits for;
+//! - what a process sets or ends once: the float32 matrix-product precision, [`exit_at_once`].
+//!
+//! The model and the engine call the kernels and graphs, the learner the collectives and the optimizer kernel as well;
+//! the worker's session opens stores and groups.
 //!
 //! What must stay true:
 //! - No call waits without a deadline: stores and groups are made with one, and it bounds each of their calls.
@@ -23,7 +28,7 @@ mod store;
 mod transfer;
 mod work;
 
-pub use error::{Error, ErrorKind};
+pub use error::{Error, ErrorKind, libtorch_reason};
 pub use exit::exit_at_once;
 pub use graph::CudaGraph;
 pub use group::{Group, ReduceOp, has_nccl};

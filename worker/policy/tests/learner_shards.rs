@@ -269,3 +269,31 @@ fn an_update_too_small_for_bf16_shows_in_the_hash_whoever_made_it() {
         assert!(told.iter().all(|of_rank| of_rank == &told[0]), "{told:?}");
     }
 }
+
+#[test]
+fn the_last_gradient_is_summed_over_ranks_and_clipped_or_not_told_at_all() {
+    let story = |mut seat: Seat| {
+        let norm = seat.train(1)[0];
+        let gradients = seat.learner.last_gradients()?;
+        let flat: Vec<Tensor> =
+            gradients.iter().map(|(_, g)| g.to_kind(Kind::Double).flatten(0, -1)).collect();
+        Ok::<_, LearnerError>((norm, Vec::<f64>::try_from(Tensor::cat(&flat, 0)).unwrap()))
+    };
+    let free = LearnerConfig { grad_clip: 1e9, ..config() };
+    let whole = LearnerConfig { shard_optimizer: false, ..config() };
+    let (norm, unclipped) = on_ranks(1, Kind::Float, &free, story).remove(0).unwrap();
+    let length = distance(&unclipped, &vec![0.0; unclipped.len()]);
+    assert!((length - norm).abs() < 1e-4 * norm && norm > 2.0 * config().grad_clip, "{length}, {norm}");
+    let clipped: Vec<f64> = unclipped.iter().map(|x| x * config().grad_clip / norm).collect();
+    for (ranks, config) in [(1, config()), (2, whole)] {
+        for told in on_ranks(ranks, Kind::Float, &config, story) {
+            let off = distance(&told.unwrap().1, &clipped) / config.grad_clip;
+            assert!(off < 1e-4, "{ranks} ranks: {off}");
+        }
+    }
+    for (rank, told) in on_ranks(2, Kind::Float, &config(), story).into_iter().enumerate() {
+        let error = told.unwrap_err();
+        let shared = matches!(error, LearnerError::SharedGradients { index, count: 2 } if index == rank);
+        assert!(shared, "{error}");
+    }
+}

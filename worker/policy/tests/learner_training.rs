@@ -350,35 +350,145 @@ fn a_peer_with_a_bad_shard_stops_every_rank_at_once() {
     assert!(matches!(errors[1], LearnerError::PolicyVersion { .. }), "{}", errors[1]);
 }
 
-#[test]
-fn a_rank_that_fails_half_way_frees_its_peers_long_before_their_deadline() {
-    let rows = rows(4);
-    let (_server, port) = Store::serve("127.0.0.1", 0, Duration::from_secs(30)).unwrap();
+/// A rank's decoder, its learner in a group of two, and what it is to train on.
+struct Seat {
+    rank: usize,
+    decoder: Decoder,
+    learner: Learner,
+    shard: TrainShard,
+}
+
+/// Runs `story` on each of two ranks with a deadline of half a minute; what it gives, by rank, and how long that took.
+fn on_two<T: Send + 'static>(
+    config: &LearnerConfig,
+    story: impl Fn(Seat) -> T + Send + Sync + 'static,
+) -> (Vec<T>, Duration) {
+    let deadline = Duration::from_secs(30);
+    let (rows, story) = (rows(4), Arc::new(story));
+    let (_server, port) = Store::serve("127.0.0.1", 0, deadline).unwrap();
     let started = Instant::now();
     let threads: Vec<_> = (0..2)
         .map(|rank| {
-            let shard = shard(&rows, 1, rank, 2);
+            let (shard, config, story) = (shard(&rows, 1, rank, 2), config.clone(), Arc::clone(&story));
             thread::spawn(move || {
-                let store = Store::connect("127.0.0.1", port, Duration::from_secs(30)).unwrap();
-                let group = Group::gloo(&store, rank, 2, "127.0.0.1", Duration::from_secs(30)).unwrap();
-                let mut decoder = decoder(Kind::Float);
-                let mut learner = Learner::new(config(), &decoder, true, Some(group)).unwrap();
-                if rank == 1 {
-                    // Not the model that its gradients belong to.
-                    decoder = drawn(ModelConfig { intermediate: 96, ..shape() }, Kind::Float);
-                }
-                let error = learner.train(&mut decoder, &shard).unwrap_err();
-                // It lives on: it is not its end that frees the others.
-                (error, learner)
+                let store = Store::connect("127.0.0.1", port, deadline).unwrap();
+                let group = Group::gloo(&store, rank, 2, "127.0.0.1", deadline).unwrap();
+                let decoder = decoder(Kind::Float);
+                let learner = Learner::new(config, &decoder, true, Some(group)).unwrap();
+                story(Seat { rank, decoder, learner, shard })
             })
         })
         .collect();
-    let (errors, _learners): (Vec<LearnerError>, Vec<Learner>) =
-        threads.into_iter().map(|t| t.join().unwrap()).unzip();
-    assert!(!matches!(errors[1], LearnerError::Collective(_)), "{}", errors[1]);
-    let lost = |e: &LearnerError| matches!(e, LearnerError::Collective(e) if e.kind == ErrorKind::Network);
-    assert!(lost(&errors[0]), "{}", errors[0]);
-    assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
+    (threads.into_iter().map(|t| t.join().unwrap()).collect(), started.elapsed())
+}
+
+fn lost(error: &LearnerError) -> bool {
+    matches!(error, LearnerError::Collective(e) if e.kind == ErrorKind::Network)
+}
+
+/// As a fault of memory would: the model's own map no longer fits its gradient.
+fn damage(decoder: &Decoder) {
+    let weight = decoder.parameters().get("model.layers.1.mlp.down_proj.weight").unwrap();
+    let _same = weight.shallow_clone().resize_([1, 2]);
+}
+
+#[test]
+fn a_rank_that_fails_half_way_frees_its_peers_and_neither_saves_nor_goes_on_alone() {
+    for shard_optimizer in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().to_owned();
+        let story = move |mut seat: Seat| {
+            if seat.rank == 1 {
+                damage(&seat.decoder);
+            }
+            let error = seat.learner.train(&mut seat.decoder, &seat.shard).unwrap_err();
+            let saved = seat.learner.save(&folder).unwrap_err();
+            let loaded = seat.learner.load(&folder, &mut seat.decoder).unwrap_err();
+            let trained = seat.learner.train(&mut seat.decoder, &seat.shard).unwrap_err();
+            // It lives on: it is not its end that frees the others.
+            (error, saved, [loaded, trained], seat)
+        };
+        let (told, took) = on_two(&LearnerConfig { shard_optimizer, ..config() }, story);
+        assert!(lost(&told[0].0), "{}", told[0].0);
+        assert!(!matches!(told[1].0, LearnerError::Collective(_)), "{}", told[1].0);
+        assert!(took < Duration::from_secs(15), "{took:?}");
+        for (rank, (_, saved, refused, _)) in told.iter().enumerate() {
+            assert!(matches!(saved, LearnerError::Broken), "{saved}");
+            for error in refused {
+                let left = matches!(error, LearnerError::LeftGroup { index, count: 2 } if *index == rank);
+                assert!(left, "shard_optimizer: {shard_optimizer}, rank {rank}: {error}");
+            }
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing was saved");
+    }
+}
+
+#[test]
+fn a_rank_whose_collective_failed_before_an_update_is_out_of_its_group_but_can_save() {
+    type Call = fn(&mut Seat) -> Result<(), LearnerError>;
+    let calls: [Call; 2] = [
+        |seat| seat.learner.train(&mut seat.decoder, &seat.shard).map(drop),
+        |seat| {
+            let row = SupervisedRow { token_ids: vec![1, 2, 3], loss_mask: vec![false, true, true] };
+            seat.learner.supervised_step(&mut seat.decoder, &[row], 1e-3).map(drop)
+        },
+    ];
+    for call in calls {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().to_owned();
+        let story = move |mut seat: Seat| {
+            if seat.rank == 1 {
+                return None; // gone before its first collective
+            }
+            let first = call(&mut seat).unwrap_err();
+            let again =
+                [call(&mut seat).unwrap_err(), seat.learner.load(&folder, &mut seat.decoder).unwrap_err()];
+            Some((first, again, seat.learner.save(&folder).unwrap()))
+        };
+        let (mut told, took) = on_two(&config(), story);
+        assert!(took < Duration::from_secs(15), "{took:?}");
+        let (first, again, saved) = told.remove(0).unwrap();
+        assert!(lost(&first), "{first}");
+        for error in again {
+            assert!(matches!(error, LearnerError::LeftGroup { index: 0, count: 2 }), "{error}");
+        }
+        assert_eq!(saved, ["optimizer-00001-of-00002.safetensors", "learner.json"], "its share is sound");
+    }
+}
+
+#[test]
+fn another_decoder_than_the_learners_own_is_refused_and_peers_need_not_wait() {
+    let rows = rows(4);
+    let row = SupervisedRow { token_ids: vec![1, 2, 3], loss_mask: vec![false, true, true] };
+    let dir = tempfile::tempdir().unwrap();
+    for kind in [Kind::Float, Kind::BFloat16] {
+        // Of the same shape, with the same numbers.
+        let (mut own, mut other) = (decoder(kind), decoder(kind));
+        let mut learner = Learner::new(config(), &own, true, None).unwrap();
+        learner.save(dir.path()).unwrap();
+        let before = (weights(&own), weights(&other));
+        for result in [
+            learner.train(&mut other, &shard(&rows, 1, 0, 1)).map(drop),
+            learner.supervised_step(&mut other, std::slice::from_ref(&row), 1e-3).map(drop),
+            learner.load(dir.path(), &mut other),
+            learner.weights_hash(&other).map(drop),
+        ] {
+            assert!(matches!(result, Err(LearnerError::OtherDecoder)), "{kind:?}: {result:?}");
+        }
+        assert_eq!((weights(&own), weights(&other)), before);
+        learner.load(dir.path(), &mut own).unwrap();
+        learner.train(&mut own, &shard(&rows, 1, 0, 1)).unwrap();
+        assert_ne!(weights(&own), before.0);
+    }
+    let (told, took) = on_two(&config(), |mut seat| {
+        if seat.rank == 1 {
+            seat.decoder = decoder(Kind::Float);
+        }
+        (seat.learner.train(&mut seat.decoder, &seat.shard).unwrap_err(), seat)
+    });
+    assert!(lost(&told[0].0), "{}", told[0].0);
+    assert!(matches!(told[1].0, LearnerError::OtherDecoder), "{}", told[1].0);
+    assert!(took < Duration::from_secs(15), "{took:?}");
 }
 
 fn poison(decoder: &Decoder) {
@@ -386,16 +496,24 @@ fn poison(decoder: &Decoder) {
 }
 
 #[test]
-fn nan_weights_are_named_and_leave_the_learner_refusing() {
+fn nan_weights_are_named_and_leave_the_learner_refusing_until_a_checkpoint_is_loaded() {
     let rows = rows(4);
     let mut decoder = decoder(Kind::Float);
     let stubborn = LearnerConfig { max_grad_skips: 0, ..config() };
     let mut learner = Learner::new(stubborn, &decoder, true, None).unwrap();
+    let (good, bad) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    learner.save(good.path()).unwrap();
     poison(&decoder);
     let error = learner.train(&mut decoder, &shard(&rows, 1, 0, 1)).unwrap_err();
     assert!(error.to_string().contains("the policy loss is NaN in a micro-batch"), "{error}");
     let error = learner.train(&mut decoder, &shard(&rows, 1, 0, 1)).unwrap_err();
     assert!(matches!(error, LearnerError::Broken), "{error}");
+    let error = learner.save(bad.path()).unwrap_err();
+    assert!(matches!(error, LearnerError::Broken), "{error}");
+    assert_eq!(std::fs::read_dir(bad.path()).unwrap().count(), 0, "nothing was saved");
+    learner.load(good.path(), &mut decoder).unwrap();
+    learner.train(&mut decoder, &shard(&rows, 1, 0, 1)).unwrap();
+    learner.save(bad.path()).unwrap();
 }
 
 #[test]
@@ -415,6 +533,14 @@ fn supervised_warm_up_learns_a_sequence_by_heart() {
     }
     assert!(last.loss < 0.3, "{last:?}");
     assert_eq!(learner.policy_version(), PolicyVersion(0));
+
+    let before = weights(&decoder);
+    for (rate, told) in [(f64::NAN, "NaN"), (-1e-9, "-1e-9"), (f64::INFINITY, "inf")] {
+        let error = learner.supervised_step(&mut decoder, std::slice::from_ref(&row), rate).unwrap_err();
+        assert_eq!(error.to_string(), format!("learner setting lr = {told}: must be at least 0"));
+    }
+    assert_eq!(weights(&decoder), before, "a rate that is none changes nothing");
+    learner.supervised_step(&mut decoder, std::slice::from_ref(&row), 0.0).unwrap();
 
     let patient = LearnerConfig { max_grad_skips: 1, ..LearnerConfig::default() };
     let mut learner = Learner::new(patient, &decoder, false, None).unwrap();

@@ -12,9 +12,7 @@ use agentfly_agent::tokenizer::ChatTokenizer;
 use agentfly_common::seed::JobSeed;
 use agentfly_common::trajectory::{Message, Role};
 use agentfly_hub::{Want, local_model};
-use agentfly_policy::learner::{
-    Learner, LearnerConfig, LrSchedule, MicroBatchLimit, Schedule, SupervisedRow,
-};
+use agentfly_policy::learner::{Learner, LearnerConfig, MicroBatchLimit, Schedule, SupervisedRow};
 use agentfly_policy::placement::{Dtype, Place, open, random, save, set_up};
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -64,8 +62,11 @@ struct Demo {
 /// Trains and writes the model.
 ///
 /// # Errors
-/// What is wrong with the demonstrations (by line), the shape or the disk; a loss that is no number.
+/// What is wrong with the settings (found before anything is read or written), the demonstrations (by line), the shape
+/// or the disk; a loss that is no number.
 pub fn run(args: &WarmupArgs) -> anyhow::Result<()> {
+    let config = settings(args);
+    config.check()?;
     let given = args.from.as_ref().or(args.shape.as_ref()).context("either --shape or --from is given")?;
     let want = if args.from.is_some() { Want::Everything } else { Want::Configuration };
     let source = &local_model(given, want)?;
@@ -77,20 +78,8 @@ pub fn run(args: &WarmupArgs) -> anyhow::Result<()> {
         Want::Everything => open(source, Dtype::F32, Place::Cpu)?,
         Want::Configuration => random(source, args.seed)?,
     };
-    let config = LearnerConfig {
-        betas: (0.9, 0.98), // as short a memory as a thousand updates want
-        micro_batch: MicroBatchLimit::Tokens(8192),
-        ..LearnerConfig::default()
-    };
+    let schedule = config.schedule();
     let mut learner = Learner::new(config, &decoder, false, None)?;
-    let schedule = LrSchedule {
-        lr: args.lr,
-        kind: Schedule::Cosine,
-        warmup_steps: args.steps / 20,
-        total_steps: args.steps,
-        min_lr_ratio: 0.02,
-        num_cycles: 0.5,
-    };
     let bar = progress(args.steps)?;
     let mut order = Order { seed: JobSeed(args.seed), epoch: 0, left: Vec::new(), rows: rows.len() };
     for step in 0..args.steps {
@@ -107,6 +96,20 @@ pub fn run(args: &WarmupArgs) -> anyhow::Result<()> {
     save(&args.out, &decoder, source)?;
     println!("wrote {}", args.out.display());
     Ok(())
+}
+
+fn settings(args: &WarmupArgs) -> LearnerConfig {
+    LearnerConfig {
+        lr: args.lr,
+        lr_warmup_steps: args.steps / 20,
+        lr_scheduler: Schedule::Cosine,
+        min_lr_ratio: 0.02,
+        num_cycles: 0.5,
+        total_training_steps: args.steps,
+        betas: (0.9, 0.98), // as short a memory as a thousand updates want
+        micro_batch: MicroBatchLimit::Tokens(8192),
+        ..LearnerConfig::default()
+    }
 }
 
 fn progress(steps: u64) -> anyhow::Result<ProgressBar> {
@@ -183,4 +186,33 @@ fn row(messages: &[Message], template: &ChatTemplate) -> anyhow::Result<Supervis
         token_ids.extend(ids);
     }
     Ok(SupervisedRow { token_ids, loss_mask })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_that_nothing_can_be_taught_with_is_refused_before_anything_is_read_or_written() {
+        let nowhere = std::env::temp_dir().join(format!("agentfly-warmup-{}", std::process::id()));
+        let given = |lr| WarmupArgs {
+            shape: Some(nowhere.join("no-such-model")),
+            from: None,
+            demos: nowhere.join("no-such-file"),
+            out: nowhere.join("out"),
+            template: "qwen-chat".to_owned(),
+            steps: 0, // not even the first update could find it
+            batch: 1,
+            lr,
+            seed: 1,
+            threads: 1,
+        };
+        for (lr, told) in [(f64::NAN, "NaN"), (-1e-3, "-0.001"), (f64::INFINITY, "inf")] {
+            let error = run(&given(lr)).unwrap_err().to_string();
+            assert_eq!(error, format!("learner setting lr = {told}: must be at least 0"));
+        }
+        assert!(!nowhere.exists());
+        let error = run(&given(1e-3)).unwrap_err().to_string();
+        assert!(error.contains("no-such-model"), "a good rate is not what stops it: {error}");
+    }
 }

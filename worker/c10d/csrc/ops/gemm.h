@@ -17,7 +17,8 @@
 
 namespace af {
 
-// Columns of a packed block, and tokens of a page of the KV cache.
+// Columns of a packed block, and tokens of a page of the KV cache: PAGE_TOKENS in src/ops/attention.rs, to which a test
+// of the pages' size holds it.
 constexpr int64_t kBlock = 64;
 
 constexpr int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
@@ -25,6 +26,10 @@ constexpr int64_t blocks(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
 // Whether the micro-kernel runs here for tensors of this kind on this device.
 bool has_gemm(const at::Tensor& like);
+
+// a · b by libtorch, in f32: as it was summed where libtorch can give that, which is on GPUs. On CPUs its products of
+// 16 bits are rounded to them first.
+at::Tensor mm_wide(const at::Tensor& a, const at::Tensor& b);
 
 AF_INLINE void gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const bf16* a,
                     const bf16* b, float* c) {

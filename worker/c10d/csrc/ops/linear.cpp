@@ -7,47 +7,6 @@ namespace af {
 
 namespace {
 
-// Tried once, and what it gives is looked at: a processor may have the instructions and libtorch, or its settings, not
-// use them, or read B in another layout. libtorch itself packs bf16 for AMX only; the micro-kernel has it for all of
-// AVX-512.
-template <class T>
-bool micro_kernel_runs() {
-  constexpr int64_t rows = 16, depth = 32;
-  try {
-    // Whole numbers that no rounding touches, different at each place.
-    std::vector<T> a(rows * depth), w(kBlock * depth), b(depth * kBlock);
-    for (int64_t i = 0; i < rows * depth; i++) store(&a[i], static_cast<float>(i % 13 - 6));
-    for (int64_t i = 0; i < kBlock * depth; i++) store(&w[i], static_cast<float>(i % 11 - 5));
-    pack_transposed(w.data(), kBlock, depth, depth, kBlock, b.data());
-    std::vector<float> c(rows * kBlock);
-    auto scope = gemm_scope<T>();
-    gemm(rows, kBlock, depth, depth, kBlock, kBlock, false, a.data(), b.data(), c.data());
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t n = 0; n < kBlock; n++) {
-        float sum = 0.0f;
-        for (int64_t i = 0; i < depth; i++) sum += load(&a[r * depth + i]) * load(&w[n * depth + i]);
-        if (c[r * kBlock + n] != sum) return false;
-      }
-    return true;
-  } catch (const std::exception&) {
-    return false;
-  }
-}
-
-}  // namespace
-
-bool has_gemm(const at::Tensor& like) {
-  if (!like.is_cpu()) return false;
-  if (like.scalar_type() == at::kBFloat16) {
-    static const bool runs = micro_kernel_runs<bf16>();
-    return runs;
-  }
-  static const bool runs = micro_kernel_runs<float>();
-  return like.scalar_type() == at::kFloat && runs;
-}
-
-namespace {
-
 // Rows of x that stay in the second-level cache while all weights pass by.
 constexpr int64_t kCachedBytes = 384 << 10;
 // With fewer blocks a product of few rows takes halves of them: of nine blocks one of two threads would have five.
@@ -178,7 +137,9 @@ struct LinearGraph : public torch::autograd::Function<LinearGraph> {
       bias_grad.add_(g.narrow(1, column, bias_grad.size(0)).sum(0, false, at::kFloat));
       column += bias_grad.size(0);
     }
-    // One product, so that the sum over all weights is rounded once.
+    // One product, so that the sum over all weights is rounded once: of several, each would be rounded to x's kind before
+    // they are added. That is worth a copy of this map's weights, which lives for this call alone. The way forward adds
+    // nothing up, each weight has columns of its own, and there every token decoded would pay for the copy.
     const at::Tensor gx = at::mm(g, weights.size() == 1 ? weights[0] : at::cat(weights));
     return {fed_backward(saved[0], before, rstd, gx), at::Tensor(), at::Tensor(), at::Tensor()};
   }
@@ -205,9 +166,7 @@ const at::Tensor& Linear::packed() {
 }
 
 at::Tensor Linear::plain(const at::Tensor& x, bool wide) const {
-  const bool half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
-  if (wide && half && x.is_cuda() && weights.size() == 1 && biases.empty())
-    return at::mm(x, weights[0].t(), at::kFloat);
+  if (wide && x.is_cuda() && weights.size() == 1 && biases.empty()) return mm_wide(x, weights[0].t());
   const at::Tensor y = plain(x);
   return wide ? y.to(at::kFloat) : y;
 }

@@ -93,7 +93,8 @@ void add_weight_gradients(const at::Tensor& g, const at::Tensor& x, const std::v
   if (!has_gemm(x)) {
     column = 0;
     for (at::Tensor sum : sums) {
-      sum.add_(at::mm(g.narrow(1, column, sum.size(0)).t(), x).to(at::kFloat));
+      // Not rounded to x's kind: what a micro-batch adds may be small beside what the others do.
+      sum.add_(mm_wide(g.narrow(1, column, sum.size(0)).t(), x));
       column += sum.size(0);
     }
   } else if (x.scalar_type() == at::kBFloat16) {

@@ -5,6 +5,8 @@
 //! be changed but by a [`super::FixedStep`], which checks the same; so kernels take it on trust, and no layer looks at it
 //! again or waits for a copy.
 
+use std::collections::HashSet;
+
 use tch::{Device, Tensor};
 
 use super::attention::{Heads, PAGE_TOKENS, page_numbers, sequences};
@@ -134,7 +136,8 @@ pub(super) fn check<'a>(
         format!("{count} chains with {} lengths and {} tables", lengths.len(), tables.len())
     })?;
     let page = PAGE_TOKENS as i64;
-    let mut written = vec![false; usize::try_from(pages).unwrap_or(0)];
+    // Not a place for each of the cache's pages: their number is a caller's, too.
+    let mut written = HashSet::with_capacity(count);
     let (mut full, mut all) = (Vec::new(), Vec::with_capacity(count));
     for s in 0..count {
         let (new, length, own) = (starts[s + 1] - starts[s], lengths[s], &tables[s]);
@@ -144,14 +147,13 @@ pub(super) fn check<'a>(
             let (held, to_write) = needed.split_at(((length - new) / page) as usize);
             full.extend_from_slice(held);
             all.push(needed);
-            needed.iter().all(|p| (0..pages).contains(p))
-                && to_write.iter().all(|&p| !std::mem::replace(&mut written[p as usize], true))
+            needed.iter().all(|p| (0..pages).contains(p)) && to_write.iter().all(|&p| written.insert(p))
         };
         expect(operation, inside, || {
             format!("chain {s} has {new} of {length} tokens new in pages {own:?} of {pages}")
         })?;
     }
-    let overwritten = full.into_iter().find(|&p| written[p as usize]);
+    let overwritten = full.into_iter().find(|p| written.contains(p));
     expect(operation, overwritten.is_none(), || {
         format!("page {overwritten:?} is full and would be written to, in the tables {tables:?}")
     })?;

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use agentfly_c10d::ops::{
-    self, Draw, Heads, Linear, Packed, PagedStep, Sequence, attention, page_numbers, paged_attention,
-    rms_norm, rope, sample, token_terms,
+    self, Draw, FixedStep, Heads, Linear, PAGE_TOKENS, Packed, PagedStep, Sequence, StepShape, attention,
+    page_numbers, paged_attention, rms_norm, rope, sample, token_terms,
 };
 use agentfly_c10d::{ErrorKind, Result};
 use tch::{Device, Kind, Tensor};
@@ -272,6 +272,32 @@ fn a_step_outside_the_cache_or_over_others_is_refused() {
         ("fewer than no pages", PagedStep::new(&[0, 1], &[1], &[vec![0]], -1, Device::Cpu)),
     ] {
         refused(what, step);
+    }
+}
+
+#[test]
+fn a_cache_of_more_pages_than_there_is_memory_costs_none() {
+    let tables = [vec![i64::MAX - 2, 7], vec![3]];
+    let of = |tables: &[Vec<i64>]| PagedStep::new(&[0, 1, 2], &[65, 1], tables, i64::MAX, Device::Cpu);
+    let step = of(&tables).unwrap();
+    refused("one page written by two", of(&[tables[0].clone(), vec![7]]));
+    refused("a page written that another reads", of(&[tables[0].clone(), vec![i64::MAX - 2]]));
+    let qkv = zeros(&[2, 8], Kind::Half);
+    let cache = zeros(&[8, 1, page_numbers(&qkv, 2).unwrap()], Kind::Half);
+    refused("a step for a larger cache", paged_attention(&qkv, &cache, 0, &step, HEADS));
+    let shape = StepShape { rows: 2, pages_each: 2, pages_all: 4 };
+    let mut fixed = FixedStep::new(shape, i64::MAX, Device::Cpu).unwrap();
+    fixed.fill(&[5, 6], &[65, 1], &tables).unwrap();
+    refused("one page written by two", fixed.fill(&[5, 6], &[65, 1], &[tables[0].clone(), vec![7]]));
+    refused("the page of padding", fixed.fill(&[5], &[1], &[vec![i64::MAX - 1]]));
+}
+
+/// Where there is no kernel a page is keys and values as they are: it shows how many tokens C++ puts into one.
+#[test]
+fn a_page_has_room_for_the_keys_and_values_of_its_tokens() {
+    for dim in [1, 2, 80] {
+        let numbers = page_numbers(&zeros(&[1, 4], Kind::Half), dim).unwrap();
+        assert_eq!(numbers, 2 * PAGE_TOKENS as i64 * dim);
     }
 }
 

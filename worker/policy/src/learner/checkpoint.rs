@@ -22,7 +22,6 @@ use tch::{Kind, Tensor};
 use super::Learner;
 use super::error::LearnerError;
 use super::optimizer::Optimizer;
-use super::ranks::Ranks;
 use super::shard::Piece;
 use crate::model::{Decoder, write_safetensors};
 
@@ -108,8 +107,12 @@ impl Learner {
     /// 0 writes.
     ///
     /// # Errors
-    /// When a file cannot be written.
+    /// [`LearnerError::Broken`] where a step or a load has failed half-way: such weights are of no version. When a file
+    /// cannot be written.
     pub fn save(&self, dir: &Path) -> Result<Vec<String>, LearnerError> {
+        if self.broken {
+            return Err(LearnerError::Broken);
+        }
         let shards = &self.optimizer.shards;
         if shards.count == 1 && self.ranks.index() > 0 {
             return Ok(Vec::new());
@@ -146,12 +149,11 @@ impl Learner {
     /// changes; if the reading itself fails after that, the learner is broken.
     ///
     /// # Errors
-    /// Names the file and what is missing, extra or of another shape.
+    /// Names the file and what is missing, extra or of another shape. [`LearnerError::LeftGroup`] of a rank that would
+    /// have to go on alone; [`LearnerError::OtherDecoder`].
     pub fn load(&mut self, dir: &Path, decoder: &mut Decoder) -> Result<(), LearnerError> {
-        let shards = &self.optimizer.shards;
-        if shards.count > self.ranks.count() {
-            return Err(LearnerError::LeftGroup { index: shards.index, count: shards.count });
-        }
+        self.ranks.check()?;
+        self.check_decoder(decoder)?;
         let checked = Counters::read(dir).and_then(|counters| {
             let found = find(&counters.files(dir), &self.optimizer)?;
             Ok((counters, found))
@@ -165,7 +167,7 @@ impl Learner {
         self.broken = true;
         if let Err(error) = self.take_over(&found, &counters, decoder) {
             // The others wait for this rank's share: leaving the group, they fail at once.
-            self.ranks = Ranks::new(None, decoder.device());
+            self.ranks.leave();
             return Err(error);
         }
         self.version = counters.policy_version;

@@ -17,7 +17,7 @@ use super::ranks::Ranks;
 use super::stats::StepSums;
 use super::{Learner, LearnerConfig, LrSchedule, Schedule};
 use crate::model::plain::PlainModel;
-use crate::model::{Architecture, Decoder, ModelConfig};
+use crate::model::{Architecture, Decoder, ModelConfig, ModelError};
 
 /// The smallest decoder there is.
 fn decoder() -> Decoder {
@@ -146,6 +146,37 @@ fn a_gradient_that_is_not_finite_changes_neither_weights_nor_the_count_of_steps(
     let update = optimizer.step(&decoder, &Ranks::new(None, Device::Cpu), 1.0, &hyper).unwrap();
     assert!(!update.applied, "{update:?}");
     assert_eq!((weights_of(&optimizer, &optimizer.master), optimizer.steps), (before, 0));
+}
+
+#[test]
+fn a_kernel_that_fails_is_not_blamed_on_other_ranks() {
+    let decoder = decoder();
+    let mut optimizer = Optimizer::new(&decoder, 0, 1).unwrap();
+    optimizer.exp_avg = Tensor::zeros([1], (Kind::Float, Device::Cpu));
+    let hyper = AdamWHyper { lr: 0.1, beta1: 0.9, beta2: 0.9, weight_decay: 0.1, eps: 0.1 };
+    let error = optimizer.step(&decoder, &Ranks::new(None, Device::Cpu), 1.0, &hyper).unwrap_err();
+    assert!(matches!(error, LearnerError::Model(ModelError::Torch(_))), "{error:?}");
+    assert!(error.to_string().contains("exp_avgs[0] differs from params[0]"), "{error}");
+}
+
+#[test]
+fn a_parameter_that_the_optimizer_does_not_know_is_named() {
+    let optimizer = Optimizer::new(&decoder(), 0, 1).unwrap();
+    let told = LearnerError::from(optimizer.gradient_of("model.extra.weight").unwrap_err()).to_string();
+    let known = optimizer.shards.slots.len();
+    let expected = format!(
+        "parameter to train: got `model.extra.weight`, needed one of the {known} that the optimizer was made for"
+    );
+    assert_eq!(told, expected);
+}
+
+#[test]
+fn what_libtorch_refuses_is_told_in_its_own_words_alone() {
+    let refused = || decoder().parameters().flat().f_view([7]).unwrap_err();
+    let count = decoder().parameters().flat().numel();
+    let expected = format!("libtorch: shape '[7]' is invalid for input of size {count}");
+    assert_eq!(LearnerError::from(refused()).to_string(), expected);
+    assert_eq!(ModelError::from(refused()).to_string(), expected);
 }
 
 /// A learner whose reference policy is broken: the KL loss is NaN, while the estimator's clamp leaves its gradient 0.

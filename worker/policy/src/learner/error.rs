@@ -1,5 +1,6 @@
 //! Why a training step did not happen, with the values that say so. Returned by everything in the learner.
 
+use agentfly_c10d::libtorch_reason;
 use agentfly_common::ids::{ChainKey, PolicyVersion};
 
 use crate::model::ModelError;
@@ -8,7 +9,8 @@ use crate::model::ModelError;
 ///
 /// Errors of the first group are found before any weight changes. After one of the others the weights may be
 /// half-way between two versions: the learner refuses to go on ([`LearnerError::Broken`]) until a checkpoint
-/// is loaded. A process group is dead after any error of a collective.
+/// is loaded. A rank of several leaves its group when a collective or an update fails, and then it takes a new learner
+/// in a new group to go on ([`LearnerError::LeftGroup`]).
 #[derive(Debug, thiserror::Error)]
 pub enum LearnerError {
     /// A setting that cannot be trained with.
@@ -30,6 +32,23 @@ pub enum LearnerError {
         shard: PolicyVersion,
         /// The learner's.
         learner: PolicyVersion,
+    },
+    /// The learner was made from another decoder, which it would go on updating.
+    #[error(
+        "this decoder is not the one that the learner was made from and whose weights it updates: pass that one, or \
+         make a learner from this"
+    )]
+    OtherDecoder,
+    /// The gradients of the last update were asked for, and each rank has summed a share of them alone.
+    #[error(
+        "this rank holds the last update's gradient of share {index} of {count} alone: train on one rank, or with \
+         shard_optimizer = false, to read it back"
+    )]
+    SharedGradients {
+        /// Its share, 0-based.
+        index: usize,
+        /// Of how many.
+        count: usize,
     },
     /// Nothing to learn from.
     #[error("step {step}, mini-batch {mini_batch}: no token has loss on any rank")]
@@ -96,18 +115,19 @@ pub enum LearnerError {
         /// Why the last was.
         last: NonFinite,
     },
-    /// An earlier step failed half-way.
+    /// An earlier step, or the reading of a checkpoint, failed half-way.
     #[error(
-        "an earlier training step failed half-way through its updates: load a checkpoint before the next"
+        "an earlier training step or load failed half-way, so these weights are of no version: load a checkpoint \
+         before the next step or save"
     )]
     Broken,
-    /// It has left its group after a failure, and holds one share of many.
+    /// It has left its group after a failure, and does not go on alone.
     #[error(
-        "this learner left its group after a failure and holds share {index} of {count} of the optimizer's state: \
-         make a new one in a new group, and load the checkpoint there"
+        "this learner, rank {index} of {count}, left its group after a failure: make a new one in a new group, and \
+         load the checkpoint there"
     )]
     LeftGroup {
-        /// Its share, 0-based.
+        /// Its rank.
         index: usize,
         /// Of how many.
         count: usize,
@@ -126,12 +146,12 @@ pub enum LearnerError {
         /// What differs or failed.
         problem: String,
     },
-    /// The model refused.
+    /// The model, or a kernel of this rank's, failed.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// A collective or a kernel failed.
+    /// A collective failed: another rank is gone, late or elsewhere.
     #[error(transparent)]
-    Collective(#[from] agentfly_c10d::Error),
+    Collective(agentfly_c10d::Error),
     /// libtorch failed.
     #[error("libtorch: {0}")]
     Torch(String),
@@ -139,8 +159,14 @@ pub enum LearnerError {
 
 impl From<tch::TchError> for LearnerError {
     fn from(error: tch::TchError) -> Self {
-        // The first line says it; the rest is a C++ backtrace.
-        Self::Torch(error.to_string().lines().next().unwrap_or_default().to_owned())
+        Self::Torch(libtorch_reason(&error))
+    }
+}
+
+impl From<agentfly_c10d::Error> for LearnerError {
+    /// A kernel's failure, which is nobody else's: collectives are called by [`super::ranks`] alone.
+    fn from(error: agentfly_c10d::Error) -> Self {
+        Self::Model(error.into())
     }
 }
 

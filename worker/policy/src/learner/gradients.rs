@@ -12,8 +12,13 @@ impl Learner {
     /// update. With `lr` 0 a step leaves the weights as they are and this is all it does.
     ///
     /// # Errors
-    /// When memory is out.
+    /// [`LearnerError::SharedGradients`] where ranks share the optimizer's state: each has summed its own share, and
+    /// what it holds of the others' is no gradient of anything. When memory is out.
     pub fn last_gradients(&self) -> Result<Vec<(String, Tensor)>, LearnerError> {
+        let (index, count) = (self.optimizer.shards.index, self.optimizer.shards.count);
+        if count > 1 {
+            return Err(LearnerError::SharedGradients { index, count });
+        }
         let _no_grad = tch::no_grad_guard();
         let copy = |tensor: Tensor| {
             tensor.f_empty_like().and_then(|mut own| {

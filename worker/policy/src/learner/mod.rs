@@ -50,7 +50,7 @@ pub use stats::{PhaseSeconds, StepStats};
 pub use warmup::{SupervisedRow, SupervisedStats};
 
 use crate::device::panic_text;
-use crate::model::{Decoder, ModelError};
+use crate::model::Decoder;
 use optimizer::{Optimizer, Update};
 use ranks::Ranks;
 
@@ -119,8 +119,14 @@ impl Learner {
     /// must call it at the same time.
     ///
     /// # Errors
-    /// When memory is out or a rank is lost.
+    /// [`LearnerError::OtherDecoder`]; when memory is out or a rank is lost.
     pub fn weights_hash(&self, decoder: &Decoder) -> Result<String, LearnerError> {
+        self.check_decoder(decoder)?;
+        // The others wait for this rank's part of the masters.
+        self.hash(decoder).inspect_err(|_| self.ranks.leave())
+    }
+
+    fn hash(&self, decoder: &Decoder) -> Result<String, LearnerError> {
         let model = decoder.weights_hash()?;
         if decoder.kind() == tch::Kind::Float {
             return Ok(model);
@@ -143,13 +149,11 @@ impl Learner {
     /// ranks call it with their shards of the same step; all return the same metrics and hold the same weights.
     ///
     /// # Errors
-    /// See [`LearnerError`]. A step that fails half-way has left the group, so that peers fail at once instead
-    /// of at their deadline: make a new learner in a new group, and load a checkpoint.
+    /// See [`LearnerError`]. A step that fails half-way, or for a peer, has left the group, so that peers fail at once
+    /// instead of at their deadline: make a new learner in a new group, and load a checkpoint.
     pub fn train(&mut self, decoder: &mut Decoder, shard: &TrainShard) -> Result<StepStats, LearnerError> {
         let started = Instant::now();
-        if self.broken {
-            return Err(LearnerError::Broken);
-        }
+        self.check_ready(decoder)?;
         let prepared = self.prepare(decoder, shard)?;
         let mut stats =
             self.guarded(decoder, |learner, decoder| learner.update_all(decoder, shard, &prepared))?;
@@ -159,6 +163,26 @@ impl Learner {
         stats.phases.total = started.elapsed().as_secs_f64();
         tracing::debug!(step = shard.step, version = %self.version, tokens = stats.tokens, "training step done");
         Ok(stats)
+    }
+
+    /// An error unless this learner can change weights, and those of this decoder.
+    fn check_ready(&self, decoder: &Decoder) -> Result<(), LearnerError> {
+        self.ranks.check()?;
+        if self.broken {
+            return Err(LearnerError::Broken);
+        }
+        self.check_decoder(decoder)
+    }
+
+    /// An error unless this is the decoder that the learner was made from: it holds a share of that one's weights, and
+    /// sums of their gradients.
+    fn check_decoder(&self, decoder: &Decoder) -> Result<(), LearnerError> {
+        if self.optimizer.is_of(decoder) {
+            return Ok(());
+        }
+        // The others wait in their first collective.
+        self.ranks.leave();
+        Err(LearnerError::OtherDecoder)
     }
 
     /// Runs `body`, which changes weights, with the decoder's gradients gathered in the optimizer's sums. If it fails,
@@ -172,16 +196,14 @@ impl Learner {
         // tch's operators panic where they fail.
         let result = catch_unwind(AssertUnwindSafe(|| {
             self.optimizer.zero_grad()?;
-            let sums =
-                |name: &str| self.optimizer.gradient_of(name).map_err(|e| ModelError::Torch(e.to_string()));
-            decoder.gather_gradients(Some(&sums))?;
+            decoder.gather_gradients(Some(&|name| self.optimizer.gradient_of(name)))?;
             body(self, decoder)
         }));
         let result = result.unwrap_or_else(|panic| Err(LearnerError::Torch(panic_text(&*panic))));
         let result = decoder.gather_gradients(None).map_err(LearnerError::from).and(result);
         match &result {
             Ok(_) => self.broken = false,
-            Err(_) => self.ranks = Ranks::new(None, decoder.device()),
+            Err(_) => self.ranks.leave(),
         }
         result
     }

@@ -13,7 +13,7 @@ use tch::{Kind, Tensor};
 use super::error::LearnerError;
 use super::ranks::Ranks;
 use super::shard::{BLOCK, Shards};
-use crate::model::{Decoder, for_each_chunk};
+use crate::model::{Decoder, ModelError, for_each_chunk};
 
 /// What became of an update.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -27,6 +27,9 @@ pub(super) struct Update {
 /// The optimizer's state: f32, flat.
 #[derive(Debug)]
 pub(super) struct Optimizer {
+    /// The weights of the model that it was made from, `[elements and padding]` in the model's kind: the model's own
+    /// buffer, which stays where it is as long as this is held.
+    weights: Tensor,
     /// Who updates what.
     pub(super) shards: Shards,
     /// Gradients of all weights, gathered here before ranks share them; as long as all padded shares.
@@ -54,7 +57,13 @@ impl Optimizer {
             _ => share.f_to_kind(Kind::Float)?,
         };
         let (exp_avg, exp_avg_sq) = (zeros(own.end - own.start)?, zeros(own.end - own.start)?);
-        Ok(Self { shards, grad, master, exp_avg, exp_avg_sq, steps: 0 })
+        let weights = weights.shallow_clone();
+        Ok(Self { weights, shards, grad, master, exp_avg, exp_avg_sq, steps: 0 })
+    }
+
+    /// Whether this is the decoder that it was made from, which is known by where its weights lie.
+    pub(super) fn is_of(&self, decoder: &Decoder) -> bool {
+        self.weights.data_ptr() == decoder.parameters().flat().data_ptr()
     }
 
     /// Forgets gathered gradients.
@@ -70,13 +79,14 @@ impl Optimizer {
     }
 
     /// The sum of a parameter's gradients, sharing memory.
-    pub(super) fn gradient_of(&self, name: &str) -> Result<Tensor, LearnerError> {
+    pub(super) fn gradient_of(&self, name: &str) -> Result<Tensor, ModelError> {
         match self.shards.slots.iter().find(|slot| slot.name == name) {
             Some(slot) => Ok(slot.of(&self.grad)?),
-            None => {
-                let needed = "must be one of the model's";
-                Err(LearnerError::Config { field: "parameter", value: name.to_owned(), needed })
-            }
+            None => Err(ModelError::Input {
+                what: "parameter to train",
+                got: format!("`{name}`"),
+                needed: format!("one of the {} that the optimizer was made for", self.shards.slots.len()),
+            }),
         }
     }
 

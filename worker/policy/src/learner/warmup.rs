@@ -3,12 +3,12 @@
 
 use tch::Kind;
 
-use super::Learner;
 use super::error::{LearnerError, NonFinite, RowName};
 use super::forward;
 use super::microbatch::{Row, TokenBatch};
 use super::plan::{places, plan};
 use super::stats::PhaseSeconds;
+use super::{Learner, LearnerConfig};
 use crate::model::{Decoder, EMBEDDING};
 
 /// One example: T tokens, and which of them to learn.
@@ -38,22 +38,23 @@ impl Learner {
     /// neither the schedule nor the policy version advances.
     ///
     /// # Errors
-    /// As [`Learner::train`].
+    /// As [`Learner::train`], and [`LearnerError::Config`] for a rate that is negative or not finite.
     pub fn supervised_step(
         &mut self,
         decoder: &mut Decoder,
         rows: &[SupervisedRow],
         lr: f64,
     ) -> Result<SupervisedStats, LearnerError> {
-        if self.broken {
-            return Err(LearnerError::Broken);
-        }
+        self.check_ready(decoder)?;
         let vocab = decoder.config().vocab;
-        let checked = rows
-            .iter()
-            .enumerate()
-            .map(|(i, row)| Row::new(RowName::Supervised(i), &row.token_ids, &row.loss_mask, vocab))
-            .collect::<Result<Vec<_>, _>>();
+        // By the rule of the settings' own rate.
+        let rate = LearnerConfig { lr, ..self.config.clone() }.check();
+        let checked = rate.and_then(|()| {
+            rows.iter()
+                .enumerate()
+                .map(|(i, row)| Row::new(RowName::Supervised(i), &row.token_ids, &row.loss_mask, vocab))
+                .collect::<Result<Vec<_>, _>>()
+        });
         let count = |rows: &Vec<Row<'_>>| rows.iter().map(|row| row.targets.len()).sum::<usize>() as f64;
         let mut agreed = [f64::from(u8::from(checked.is_err())), checked.as_ref().map_or(0.0, count)];
         self.ranks.sums(&mut agreed)?;

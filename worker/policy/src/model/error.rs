@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use agentfly_c10d::libtorch_reason;
 use agentfly_common::model_dir::ModelDirError;
 
 /// A model that cannot be read, written or run.
@@ -42,11 +43,8 @@ impl ModelError {
 }
 
 impl From<tch::TchError> for ModelError {
-    /// Keeps the first line: the rest is a C++ backtrace.
     fn from(error: tch::TchError) -> Self {
-        let text = error.to_string();
-        let text = text.strip_prefix("Internal torch error: ").unwrap_or(&text);
-        Self::Torch(text.lines().next().unwrap_or("no reason given").to_owned())
+        Self::Torch(libtorch_reason(&error))
     }
 }
 
