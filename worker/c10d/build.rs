@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Below `csrc/`.
-const SOURCES: [&str; 12] = [
+const SOURCES: [&str; 14] = [
     "shim",
     "graph",
     "ops",
@@ -19,6 +19,7 @@ const SOURCES: [&str; 12] = [
     "ops/pointwise",
     "ops/attention",
     "ops/attention_backward",
+    "ops/input_gradient",
     "ops/packed",
     "ops/attention_plain",
     "ops/vocabulary",

@@ -2,6 +2,7 @@
 
 #include "guard.h"
 #include "ops/attention.h"
+#include "ops/input_gradient.h"
 #include "ops/linear.h"
 #include "ops/pointwise.h"
 #include "ops/vocabulary.h"
@@ -73,7 +74,7 @@ int af_linear_backward(AfLinear* linear, void* x, void* gradient, void** out) {
     TORCH_CHECK(linear->map.weights.size() == 1, "only a single map is turned back by itself");
     linear->map.check();
     if (!linear->map.grads.empty()) af::add_weight_gradients(as_tensor(gradient), as_tensor(x), linear->map.grads);
-    give(out, at::mm(as_tensor(gradient), linear->map.weights[0]));
+    give(out, af::input_gradient(as_tensor(gradient), linear->map.weights));
   });
 }
 

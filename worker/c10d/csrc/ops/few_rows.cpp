@@ -106,6 +106,86 @@ AF_AVX512_BF16 void pair_order(const Product<bf16>& p, const float*, int64_t row
     }
 }
 
+// bf16 multiplied in f32: value after value, added to what there is at the end.
+template <int R, int C>
+AF_AVX512 void widened_rows(const Product<bf16>& p, const float* a, int64_t stride, int64_t row, int64_t column) {
+  __m512 c[R][C];
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < C; j++) c[r][j] = _mm512_setzero_ps();
+  const auto* b = reinterpret_cast<const uint32_t*>(p.b) + column;
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  for (int64_t i = 0; i < p.k; i += 2) {
+    __m512 even[C], odd[C];
+    for (int j = 0; j < C; j++) {
+      const __m512i pair = _mm512_loadu_si512(b + i / 2 * p.ldb + 16 * j);
+      ask_ahead(p, row, b + i / 2 * p.ldb + 16 * j);
+      even[j] = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+      odd[j] = _mm512_castsi512_ps(_mm512_and_si512(pair, high));
+    }
+    for (int r = 0; r < R; r++) {
+      const __m512 a_even = _mm512_set1_ps(a[r * stride + i]), a_odd = _mm512_set1_ps(a[r * stride + i + 1]);
+      for (int j = 0; j < C; j++)
+        c[r][j] = _mm512_fmadd_ps(a_odd, odd[j], _mm512_fmadd_ps(a_even, even[j], c[r][j]));
+    }
+  }
+  float* to = p.c + row * p.ldc + column;
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < C; j++) {
+      float* at = to + r * p.ldc + 16 * j;
+      _mm512_storeu_ps(at, p.add ? _mm512_add_ps(_mm512_loadu_ps(at), c[r][j]) : c[r][j]);
+    }
+}
+
+template <int R, int C>
+AF_AVX512 void widened_order(const Product<bf16>& p, const float* a, int64_t row, int64_t column) {
+  widened_rows<R, C>(p, a, p.k, row, column);
+}
+
+template <int R, int C>
+void widened_columns(const Product<bf16>& p, const float* a, int64_t stride, int64_t row) {
+  int64_t column = 0;
+  for (; column + 16 * C <= p.n; column += 16 * C) widened_rows<R, C>(p, a + row * stride, stride, row, column);
+  for (; column < p.n; column += 16) widened_rows<R, 1>(p, a + row * stride, stride, row, column);
+}
+
+void widened_product(const Product<bf16>& p, const float* a, int64_t stride) {
+  // Whole rows of B: memory is read fastest in order.
+  int64_t row = 0;
+  for (; row + 4 <= p.m; row += 4) widened_columns<4, 4>(p, a, stride, row);
+  for (; row < p.m; row++) widened_columns<1, 4>(p, a, stride, row);
+}
+
+// Whether that gives the bits of the micro-kernel in f32 for sums of k products.
+bool widened_agrees(int64_t k) {
+  uint32_t state = 54321;
+  const auto next = [&state] {
+    state = state * 1664525u + 1013904223u;
+    return static_cast<float>(state >> 8) / static_cast<float>(1 << 23) - 1.0f;
+  };
+  std::vector<float> a(kFewWidened * k), wide(k * kBlock), expected(kFewWidened * kBlock), got(kFewWidened * kBlock);
+  std::vector<bf16> b(k * kBlock);
+  for (auto& x : b) store(&x, next());
+  // As they are given: values of bf16.
+  for (auto& x : a) {
+    bf16 rounded;
+    store(&rounded, next());
+    x = load(&rounded);
+  }
+  for (const int64_t n : {32, 64}) {
+    widen_pairs(b.data(), k, n, kBlock, wide.data());
+    for (const int64_t m : {1, 7, 16}) {
+      for (const bool add : {false, true}) {
+        for (size_t i = 0; i < got.size(); i++) expected[i] = got[i] = next();
+        gemm(m, n, k, k, n, kBlock, add, a.data(), wide.data(), expected.data());
+        widened_product({m, n, k, k, kBlock, kBlock, add, nullptr, b.data(), got.data(), nullptr}, a.data(), k);
+        for (int64_t r = 0; r < m; r++)
+          if (std::memcmp(&expected[r * kBlock], &got[r * kBlock], n * sizeof(float)) != 0) return false;
+      }
+    }
+  }
+  return true;
+}
+
 // f32: value after value, added to what there is at the end.
 template <int R, int C>
 AF_AVX512 void value_order(const Product<float>& p, const float* a, int64_t row, int64_t column) {
@@ -157,6 +237,7 @@ void widen(const Product<T>& p, float* wide) {
   }
 AF_BY_ROWS(by_tile_order, tile_order, bf16)
 AF_BY_ROWS(by_pair_order, pair_order, bf16)
+AF_BY_ROWS(by_widened_order, widened_order, bf16)
 AF_BY_ROWS(by_value_order, value_order, float)
 #undef AF_BY_ROWS
 #undef AF_STEP
@@ -192,6 +273,7 @@ bool agrees(Kernel<T> kernel, int64_t k) {
 
 Kernel<bf16> choose(bf16, int64_t k) {
 #if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && widens() && agrees<bf16>(by_widened_order, k)) return by_widened_order;
   if (__builtin_cpu_supports("avx512bf16") && agrees<bf16>(by_pair_order, k)) return by_pair_order;
   if (__builtin_cpu_supports("avx512f") && agrees<bf16>(by_tile_order, k)) return by_tile_order;
 #endif
@@ -215,6 +297,22 @@ Kernel<T> chosen(int64_t k) {
 }
 
 }  // namespace
+
+bool gemm_few_widened(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a,
+                      const bf16* b, float* c, const bf16* ahead) {
+#if defined(__x86_64__)
+  // 1: it agrees, 2: it does not.
+  static std::array<std::atomic<int>, kWideDepth + 1> known{};
+  if (k > kWideDepth || !__builtin_cpu_supports("avx512f")) return false;
+  int agrees = known[k].load(std::memory_order_relaxed);
+  if (!agrees) known[k].store(agrees = widened_agrees(k) ? 1 : 2, std::memory_order_relaxed);
+  if (agrees == 2) return false;
+  widened_product({m, n, k, lda, ldb, ldc, add, nullptr, b, c, ahead}, a, lda);
+  return true;
+#else
+  return false;
+#endif
+}
 
 void gemm_few_rows(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const bf16* a,
                    const bf16* b, float* c, const bf16* ahead) {

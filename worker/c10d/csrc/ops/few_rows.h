@@ -17,6 +17,14 @@ void gemm_few_rows(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, in
 void gemm_few_rows(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a,
                    const float* b, float* c, const float* ahead);
 
+// Up to so many rows are few for a product of bf16 in f32: what widens B costs as much as several of them.
+constexpr int64_t kFewWidened = 16;
+
+// A · B of rows in f32 and packed bf16, whose numbers are widened on their way, n a multiple of 16. False, and nothing is
+// done, where that would not give the bits of gemm() in f32.
+bool gemm_few_widened(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a,
+                      const bf16* b, float* c, const bf16* ahead);
+
 template <class T>
 AF_INLINE void gemm_any_rows(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
                              const T* a, const T* b, float* c, const T* ahead = nullptr) {

@@ -33,6 +33,50 @@ bool micro_kernel_runs() {
 
 }  // namespace
 
+bool widens() {
+#if defined(__x86_64__)
+  static const bool wider = __builtin_cpu_is("intel") && !__builtin_cpu_supports("amx-bf16");
+  return wider;
+#else
+  return false;
+#endif
+}
+
+AF_VECTORISED void widen_rows(const bf16* AF_RESTRICT a, int64_t rows, int64_t n, int64_t stride, int64_t width,
+                              float* AF_RESTRICT out) {
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t i = 0; i < n; i++) out[r * width + i] = load(a + r * stride + i);
+    for (int64_t i = n; i < width; i++) out[r * width + i] = 0.0f;
+  }
+}
+
+AF_VECTORISED void widen_pairs(const bf16* AF_RESTRICT b, int64_t rows, int64_t n, int64_t stride,
+                               float* AF_RESTRICT out) {
+  for (int64_t i = 0; i < rows; i += 2) {
+    const bf16* AF_RESTRICT pairs = b + i * stride;
+    float* AF_RESTRICT even = out + i * n;
+    float* AF_RESTRICT odd = even + n;
+    for (int64_t j = 0; j < n; j++) {
+      uint32_t pair;
+      std::memcpy(&pair, pairs + 2 * j, sizeof(pair));
+      even[j] = bits_to_float(pair << 16);
+      odd[j] = bits_to_float(pair & 0xffff0000u);
+    }
+  }
+}
+
+void gemm_widened(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const bf16* a,
+                  const bf16* b, float* c) {
+  for (int64_t first = 0; first < k; first += kWideDepth) {
+    const int64_t part = std::min(kWideDepth, k - first), width = std::min(ldb, round_up(n, 16));
+    float* wide_a = scratch<float, 30>(m * part);
+    float* wide_b = scratch<float, 31>(part * width);
+    widen_rows(a + first, m, part, lda, part, wide_a);
+    widen_pairs(b + first * ldb, part, width, ldb, wide_b);
+    gemm(m, n, part, part, width, ldc, add || first > 0, wide_a, wide_b, c);
+  }
+}
+
 bool has_gemm(const at::Tensor& like) {
   if (!like.is_cpu()) return false;
   if (like.scalar_type() == at::kBFloat16) {

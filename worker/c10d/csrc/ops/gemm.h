@@ -31,8 +31,26 @@ bool has_gemm(const at::Tensor& like);
 // 16 bits are rounded to them first.
 at::Tensor mm_wide(const at::Tensor& a, const at::Tensor& b);
 
+// Whether this processor multiplies bf16 faster as f32. Intel's without AMX do: a product of pairs takes twice the time
+// of the two in f32 (measured: 84 GFLOPS a core and 155).
+bool widens();
+
+// `rows` rows of `n` numbers, `stride` apart, as f32 `width` apart; what lies between becomes 0.
+void widen_rows(const bf16* a, int64_t rows, int64_t n, int64_t stride, int64_t width, float* out);
+
+// Rows of packed B, [rows / 2][stride][2], as f32 [rows][n].
+void widen_pairs(const bf16* b, int64_t rows, int64_t n, int64_t stride, float* out);
+
+// Of a sum so many products at a time, so that what is multiplied in f32 stays in the second-level cache.
+constexpr int64_t kWideDepth = 1536;
+
+// The same product from A and B in f32. Each of their numbers, and each product of two, is exact there.
+void gemm_widened(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const bf16* a,
+                  const bf16* b, float* c);
+
 AF_INLINE void gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const bf16* a,
                     const bf16* b, float* c) {
+  if (widens()) return gemm_widened(m, n, k, lda, ldb, ldc, add, a, b, c);
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, /*is_vnni=*/true);
 }
 AF_INLINE void gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a,

@@ -1,5 +1,7 @@
 #include "linear.h"
 
+#include "few_rows.h"
+#include "input_gradient.h"
 #include "pointwise.h"
 #include "weight_gradient.h"
 
@@ -47,28 +49,58 @@ AF_VECTORISED void finish_tile(const float* AF_RESTRICT sums, const float* AF_RE
   }
 }
 
-template <class T, class O>
-void multiply(const T* x, int64_t m, int64_t k, const T* packed, const float* bias, int64_t n, O* out) {
+// Sums of `rows` rows and `width` columns, kBlock apart. `ahead`, where it is not null, is laid out as the block and read next.
+template <class T>
+void sum_rows(const T* x, int64_t rows, int64_t width, int64_t k, const T* block, const T*, float* sums) {
+  for (int64_t r = 0; r < rows; r += kBlock)
+    gemm(std::min(kBlock, rows - r), width, k, k, kBlock, kBlock, false, x + r * k, block, sums + r * kBlock);
+}
+
+// The same of rows in f32; a part of the weights is widened once for all of them.
+void sum_rows(const float* x, int64_t rows, int64_t width, int64_t k, const bf16* block, const bf16* ahead,
+              float* sums) {
+  for (int64_t first = 0; first < k; first += kWideDepth) {
+    const int64_t part = std::min(kWideDepth, k - first);
+    const bf16* b = block + first * kBlock;
+    if (rows <= kFewWidened &&
+        gemm_few_widened(rows, width, part, k, kBlock, kBlock, first > 0, x + first, b, sums,
+                         ahead ? ahead + first * kBlock : nullptr))
+      continue;
+    float* wide = scratch<float, 1>(part * width);
+    widen_pairs(b, part, width, kBlock, wide);
+    for (int64_t r = 0; r < rows; r += kBlock)
+      gemm(std::min(kBlock, rows - r), width, part, k, width, kBlock, first > 0, x + r * k + first, wide,
+           sums + r * kBlock);
+  }
+}
+
+// x in the weights' kind, or in f32.
+template <class X, class T, class O>
+void multiply(const X* x, int64_t m, int64_t k, const T* packed, const float* bias, int64_t n, O* out) {
   const int64_t pair = std::is_same_v<T, bf16> ? 2 : 1;
   const auto weights_of = [&](int64_t column) { return packed + column / kBlock * kBlock * k + column % kBlock * pair; };
   const int64_t chunk =
       std::max<int64_t>(kBlock, kCachedBytes / (k * static_cast<int64_t>(sizeof(T))) / kBlock * kBlock);
   const int64_t chunks = (m + chunk - 1) / chunk;
+  // Weights that are widened are so for as many rows as can be, sums that are not stay in the first-level cache.
+  const int64_t step = std::is_same_v<X, T> ? kBlock : chunk;
   const int64_t width = chunks == 1 && blocks(n) < kFewBlocks ? kBlock / 2 : kBlock, columns = (n + width - 1) / width;
   at::parallel_for(0, chunks * columns, 1, [&](int64_t begin, int64_t end) {
     auto scope = gemm_scope<T>();
-    float* sums = scratch<float, 0>(kBlock * kBlock);
+    float* sums = scratch<float, 0>(std::min(m, step) * kBlock);
     for (int64_t task = begin; task < end; task++) {
       const int64_t column = task % columns * width, first = task / columns * chunk;
       const int64_t wanted = std::min(width, n - column), last = std::min(m, first + chunk);
       const T* block = weights_of(column);
       // A short product reads its weights once: have the next ones on their way meanwhile.
-      if (m <= kBlock && task + 1 < end)
+      const T* ahead = m <= kBlock && task + 1 < end ? weights_of(column + width) : nullptr;
+      const bool asks_itself = !std::is_same_v<X, T> && m <= kFewWidened;
+      if (ahead && !asks_itself)
         for (int64_t i = 0; i < k; i += pair)
-          fetch_ahead(weights_of(column + width) + i * kBlock, width * pair * static_cast<int64_t>(sizeof(T)));
-      for (int64_t row = first; row < last; row += kBlock) {
-        const int64_t rows = std::min(kBlock, last - row);
-        gemm(rows, width, k, k, kBlock, kBlock, false, x + row * k, block, sums);
+          fetch_ahead(ahead + i * kBlock, width * pair * static_cast<int64_t>(sizeof(T)));
+      for (int64_t row = first; row < last; row += step) {
+        const int64_t rows = std::min(step, last - row);
+        sum_rows(x + row * k, rows, width, k, block, ahead, sums);
         finish_tile(sums, bias ? bias + column : nullptr, rows, wanted, n, out + row * n + column);
       }
     }
@@ -137,10 +169,7 @@ struct LinearGraph : public torch::autograd::Function<LinearGraph> {
       bias_grad.add_(g.narrow(1, column, bias_grad.size(0)).sum(0, false, at::kFloat));
       column += bias_grad.size(0);
     }
-    // One product, so that the sum over all weights is rounded once: of several, each would be rounded to x's kind before
-    // they are added. That is worth a copy of this map's weights, which lives for this call alone. The way forward adds
-    // nothing up, each weight has columns of its own, and there every token decoded would pay for the copy.
-    const at::Tensor gx = at::mm(g, weights.size() == 1 ? weights[0] : at::cat(weights));
+    const at::Tensor gx = input_gradient(g, weights);
     return {fed_backward(saved[0], before, rstd, gx), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
@@ -202,12 +231,19 @@ at::Tensor Linear::forward(const at::Tensor& input, bool wide) {
              y.mutable_data_ptr<float>());
     return y;
   }
-  const auto* xs = static_cast<const bf16*>(x.const_data_ptr());
   const auto* weight = static_cast<const bf16*>(packed().const_data_ptr());
-  if (wide) {
-    multiply(xs, m, inputs, weight, b, outputs, y.mutable_data_ptr<float>());
+  const auto by_rows = [&](const auto* xs) {
+    if (wide) {
+      multiply(xs, m, inputs, weight, b, outputs, y.mutable_data_ptr<float>());
+    } else {
+      multiply(xs, m, inputs, weight, b, outputs, static_cast<bf16*>(y.mutable_data_ptr()));
+    }
+  };
+  if (widens()) {
+    const at::Tensor wide_x = x.to(at::kFloat);
+    by_rows(wide_x.const_data_ptr<float>());
   } else {
-    multiply(xs, m, inputs, weight, b, outputs, static_cast<bf16*>(y.mutable_data_ptr()));
+    by_rows(static_cast<const bf16*>(x.const_data_ptr()));
   }
   return y;
 }
