@@ -37,7 +37,7 @@ async fn generate(device: &DeviceHandle<Vec<u32>>, request: TurnRequest) -> Resu
 
 /// The turn's end, cut short where it has not ended yet.
 async fn cut(turn: &mut AdmittedTurn) -> Generation {
-    match turn.until(Instant::now()).await.unwrap() {
+    match turn.until(Instant::now()).await.expect("the turn ends well") {
         Progress::Ended(generation) => generation,
         Progress::Paused => panic!("paused where the cache has room"),
     }
