@@ -26,6 +26,15 @@ void by_micro_kernel(const Product<T>& p) {
   gemm(p.m, p.n, p.k, p.lda, p.ldb, p.ldc, p.add, p.a, p.b, p.c);
 }
 
+// Numbers from -1 to 1 to try a kernel with, the same each time.
+struct Trial {
+  uint32_t state = 12345;
+  float operator()() {
+    state = state * 1664525u + 1013904223u;
+    return static_cast<float>(state >> 8) / static_cast<float>(1 << 23) - 1.0f;
+  }
+};
+
 #if defined(__x86_64__)
 #define AF_AVX512 __attribute__((target("avx512f")))
 #define AF_AVX512_BF16 __attribute__((target("avx512f,avx512bf16")))
@@ -38,6 +47,17 @@ template <class T>
 AF_INLINE void ask_ahead(const Product<T>& p, int64_t row, const void* from) {
   const auto at = static_cast<const char*>(from) - reinterpret_cast<const char*>(p.b);
   if (p.ahead && row == 0) _mm_prefetch(reinterpret_cast<const char*>(p.ahead) + at, _MM_HINT_T1);
+}
+
+// Stores sums that began at zero, added to what there is.
+template <class T, int R, int C>
+AF_AVX512 AF_INLINE void add_at_the_end(const Product<T>& p, const __m512 (&c)[R][C], int64_t row, int64_t column) {
+  float* to = p.c + row * p.ldc + column;
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < C; j++) {
+      float* at = to + r * p.ldc + 16 * j;
+      _mm512_storeu_ps(at, p.add ? _mm512_add_ps(_mm512_loadu_ps(at), c[r][j]) : c[r][j]);
+    }
 }
 
 // AMX: of 32 values the even and the odd ones are summed apart from zero, then added to what there is.
@@ -98,12 +118,7 @@ AF_AVX512_BF16 void pair_order(const Product<bf16>& p, const float*, int64_t row
       for (int j = 0; j < C; j++) c[r][j] = _mm512_dpbf16_ps(c[r][j], both, (__m512bh)pair[j]);
     }
   }
-  float* to = p.c + row * p.ldc + column;
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < C; j++) {
-      float* at = to + r * p.ldc + 16 * j;
-      _mm512_storeu_ps(at, p.add ? _mm512_add_ps(_mm512_loadu_ps(at), c[r][j]) : c[r][j]);
-    }
+  add_at_the_end(p, c, row, column);
 }
 
 // bf16 multiplied in f32: value after value, added to what there is at the end.
@@ -128,12 +143,7 @@ AF_AVX512 void widened_rows(const Product<bf16>& p, const float* a, int64_t stri
         c[r][j] = _mm512_fmadd_ps(a_odd, odd[j], _mm512_fmadd_ps(a_even, even[j], c[r][j]));
     }
   }
-  float* to = p.c + row * p.ldc + column;
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < C; j++) {
-      float* at = to + r * p.ldc + 16 * j;
-      _mm512_storeu_ps(at, p.add ? _mm512_add_ps(_mm512_loadu_ps(at), c[r][j]) : c[r][j]);
-    }
+  add_at_the_end(p, c, row, column);
 }
 
 template <int R, int C>
@@ -157,11 +167,7 @@ void widened_product(const Product<bf16>& p, const float* a, int64_t stride) {
 
 // Whether that gives the bits of the micro-kernel in f32 for sums of k products.
 bool widened_agrees(int64_t k) {
-  uint32_t state = 54321;
-  const auto next = [&state] {
-    state = state * 1664525u + 1013904223u;
-    return static_cast<float>(state >> 8) / static_cast<float>(1 << 23) - 1.0f;
-  };
+  Trial next;
   std::vector<float> a(kFewWidened * k), wide(k * kBlock), expected(kFewWidened * kBlock), got(kFewWidened * kBlock);
   std::vector<bf16> b(k * kBlock);
   for (auto& x : b) store(&x, next());
@@ -201,12 +207,7 @@ AF_AVX512 void value_order(const Product<float>& p, const float* a, int64_t row,
     for (int r = 0; r < R; r++)
       for (int j = 0; j < C; j++) c[r][j] = _mm512_fmadd_ps(_mm512_set1_ps(a[r * p.k + i]), b[j], c[r][j]);
   }
-  float* to = p.c + row * p.ldc + column;
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < C; j++) {
-      float* at = to + r * p.ldc + 16 * j;
-      _mm512_storeu_ps(at, p.add ? _mm512_add_ps(_mm512_loadu_ps(at), c[r][j]) : c[r][j]);
-    }
+  add_at_the_end(p, c, row, column);
 }
 
 template <class T>
@@ -246,11 +247,7 @@ AF_BY_ROWS(by_value_order, value_order, float)
 // Whether a kernel gives the micro-kernel's bits for sums of k products.
 template <class T>
 bool agrees(Kernel<T> kernel, int64_t k) {
-  uint32_t state = 12345;
-  const auto next = [&state] {
-    state = state * 1664525u + 1013904223u;
-    return static_cast<float>(state >> 8) / static_cast<float>(1 << 23) - 1.0f;
-  };
+  Trial next;
   std::vector<T> a(kFewRows * k), b(k * kBlock);
   std::vector<float> expected(kFewRows * kBlock), got(kFewRows * kBlock);
   for (const int64_t n : {16, 32, 64}) {
