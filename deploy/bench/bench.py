@@ -1,7 +1,7 @@
 """One run of the benchmark: which sides are alive, who is asked what, and what became of it.
 
 Our fastest split is chosen first; then it and the peers are alive together and warm, and take turns: a slow minute of
-the machine meets each of them.
+the machine meets each of them. Who is not asked is suspended.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,8 @@ from sides import Places
 ORDER = ("gemm", "rollout", "multi-turn", "learner", "grpo")
 """Of the table."""
 NOT_SET_UP = "not set up: make bench-setup"
+TIE = 0.03
+"""Rates that differ by less are not told apart: repeats of one split differ by as much."""
 
 
 @dataclass
@@ -78,11 +80,14 @@ class Bench:
             self.alive = [side for side in self.alive if side not in sides]
 
     def ask(self, side: Side, request: dict[str, Any], note: str) -> Measurement | None:
-        """One measurement; None if the side has failed, now or before."""
+        """One measurement, while the other sides are suspended; None if the side has failed, now or before."""
         if not side.children:
             return None
         try:
-            return side.measure(request, self.deadline)
+            side.resume()
+            run = side.measure(request, self.deadline)
+            side.suspend()
+            return run
         except Failed as failure:
             self.failures[f"{note}, {side.name}"] = str(failure)
             self.say(f"{note}: {side.name} failed: {failure}")
@@ -91,7 +96,7 @@ class Bench:
 
     def choose_split(self, sides: list[Side], request: dict[str, Any], note: str,
                      rate: Callable[[Measurement], float]) -> tuple[list[Side], dict[str, list[Measurement]]]:
-        """Our fastest split by the median, and the runs of the others. One after the other: each takes the memory."""
+        """Our best split, and the runs of the others. One after the other: each takes the memory."""
         runs: dict[str, list[Measurement]] = {}
         if len(sides) > 1:
             for side in sides:
@@ -124,7 +129,7 @@ class Bench:
             return f"{peer} {NOT_SET_UP}" if self.peers else ""
         return f"{peer} failed, see the log" if f"{note}, {peer}" in self.failures else ""
 
-    def measure_peak(self, dtypes: list[str]) -> None:
+    def measure_peak(self, dtypes: Iterable[str]) -> None:
         """libtorch's fastest matrix product; called at the start and at the end, the better counts."""
         for dtype in dtypes:
             side = self.places.gemm(dtype)
@@ -135,22 +140,26 @@ class Bench:
 
     def finish(self) -> None:
         """Peaks, and the shares of them."""
-        for dtype, runs in self.peaks.items():
-            peak = values("libtorch", "GFLOPS", runs, lambda run: run.answers[0]["gflops"])
-            assert peak is not None
+        peaks = {dtype: values("libtorch", "GFLOPS", runs, lambda run: run.answers[0]["gflops"])
+                 for dtype, runs in self.peaks.items()}
+        for dtype, peak in peaks.items():
             self.report.rows.append(Row("gemm", f"peak, {self.places.threads} threads", dtype, peak,
                                         ratio_is_the_bar=False))
-            for section, what, share_dtype, rates, operations, bar in self.shares:
-                if share_dtype == dtype:
-                    percent = [100 * rate * operations * self.parameters / (peak.best() * 1e9) for rate in rates.values]
-                    ours = Values(rates.side, "% of peak", percent, rates.foreign_cores)
-                    self.report.rows.append(Row(section, what, dtype, ours, bar=self.bar(bar) if bar else None,
-                                                ratio_is_the_bar=False))
+        for section, what, dtype, rates, operations, bar in self.shares:
+            # bf16 may be multiplied in f32, where the machine does that faster.
+            usable = [peak.best() for of, peak in peaks.items() if peak and (of == dtype or dtype == "bf16")]
+            if not usable:
+                continue
+            percent = [100 * rate * operations * self.parameters / (max(usable) * 1e9) for rate in rates.values]
+            ours = Values(rates.side, "% of peak", percent, rates.foreign_cores)
+            self.report.rows.append(Row(section, what, dtype, ours, bar=self.bar(bar) if bar else None,
+                                        ratio_is_the_bar=False))
         # Stable: within a section the rows stay as they came.
         self.report.rows.sort(key=lambda row: ORDER.index(row.section))
 
 
 def best_of(runs: dict[str, list[Measurement]], rate: Callable[[Measurement], float]) -> str | None:
-    """The side with the best median."""
+    """The side with the best median; of those that are as fast but for `TIE`, the one that takes the least memory."""
     medians = {name: statistics.median(map(rate, taken)) for name, taken in runs.items() if taken}
-    return max(medians, key=lambda name: medians[name]) if medians else None
+    fast = [name for name, median in medians.items() if median >= (1 - TIE) * max(medians.values())]
+    return min(fast, key=lambda name: max(run.peak_mb for run in runs[name])) if fast else None

@@ -189,12 +189,12 @@ def write(bench: Bench, out: Path) -> None:
 
 
 def measure(bench: Bench, sections: list[str], dtypes: list[str]) -> None:
-    """Everything asked for; the peak first and last."""
-    bench.measure_peak(dtypes)
+    """Everything asked for; the peak of all dtypes first and last."""
+    bench.measure_peak(DTYPES)
     for dtype in dtypes:
         for section in sections:
             SECTIONS[section](bench, dtype)
-    bench.measure_peak(dtypes)
+    bench.measure_peak(DTYPES)
 
 
 def interrupted(_number: int, _frame: object) -> NoReturn:

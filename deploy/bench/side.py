@@ -111,6 +111,12 @@ class Child:
                 continue
         return pids
 
+    def send_signal(self, number: signal.Signals) -> None:
+        """Sends a signal to it and all it started; one that has ended meanwhile needs none."""
+        for pid in self.members():
+            with contextlib.suppress(OSError):
+                os.kill(pid, number)
+
     def stop(self) -> None:
         """Ends it and all it started: kindly, then not."""
         if self.process.stdin is not None:
@@ -120,6 +126,7 @@ class Child:
                 pass
         members = self.members()
         deadline = time.monotonic() + STOP_SECONDS
+        self.send_signal(signal.SIGCONT)  # one that is suspended would not see that it shall end
         for number in (signal.SIGTERM, signal.SIGKILL):
             for pid in members | self.members():
                 try:
@@ -167,6 +174,17 @@ class Side:
             seconds = time.monotonic() - started
         self.versions.update(answers[0].get("versions", {}))
         return Measurement(seconds, answers, meter.peak_mb, meter.foreign_cores, self.caveat)
+
+    def suspend(self) -> None:
+        """Holds all its processes until `resume`: what it does while it waits for a request (timers, threads that look
+        for work) would cost whoever is measured then."""
+        for child in self.children:
+            child.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Lets them go on."""
+        for child in self.children:
+            child.send_signal(signal.SIGCONT)
 
     def _receive(self, deadline: float) -> list[dict[str, Any]]:
         """An answer of each process, in their order, until `deadline` on the monotonic clock."""

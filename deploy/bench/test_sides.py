@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import best_of
-from machine import peak_mb, reset_peaks
+from machine import peak_mb, processes, reset_peaks
 from report import Report
 from sections import learner
 from side import Failed, Measurement, Side
@@ -28,6 +28,18 @@ for line in sys.stdin:
 """
 SILENT = "import sys; sys.stdin.read()"
 DIES = "import sys; sys.stdin.readline(); sys.exit('out of paper')"
+
+
+BUSY = """
+import json, signal, sys, threading
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def look():
+    while True:
+        pass
+threading.Thread(target=look, daemon=True).start()
+for line in sys.stdin:
+    print(json.dumps({"seconds": 1.0}), flush=True)
+"""
 
 
 class Splits(unittest.TestCase):
@@ -58,6 +70,13 @@ class Splits(unittest.TestCase):
         runs = {"ours 1×2": taking(3, 3, 1), "ours 2×1": taking(2, 2, 9), "ours 4×1": []}
         self.assertEqual(best_of(runs, lambda run: 1 / run.seconds), "ours 2×1")
         self.assertIsNone(best_of({}, lambda run: 1 / run.seconds))
+
+    def test_of_equally_fast_ones_the_smallest_is_best(self) -> None:
+        def runs(lean: float) -> dict[str, list[Measurement]]:
+            return {"ours 2×1": [Measurement(10.0, [{}], 800.0, 0.0)], "ours 1×2": [Measurement(lean, [{}], 400.0, 0.0)]}
+
+        self.assertEqual(best_of(runs(10.2), lambda run: 1 / run.seconds), "ours 1×2")
+        self.assertEqual(best_of(runs(10.5), lambda run: 1 / run.seconds), "ours 2×1")
 
 
 class Learners(unittest.TestCase):
@@ -143,6 +162,33 @@ class Processes(unittest.TestCase):
     def test_silence_ends_at_the_deadline(self) -> None:
         with self.assertRaisesRegex(Failed, "no answer before its deadline"):
             self.side(SILENT).measure({"seed": 1}, 0.2)
+
+    def test_who_is_suspended_takes_no_time_and_goes_on_when_asked(self) -> None:
+        side = self.side(BUSY)
+        side.measure({"seed": 1}, 60)
+        side.suspend()
+        # The kernel stops a running thread soon, not within the call; that would wait for ever for one that runs on.
+        pid, deadline = side.children[0].process.pid, time.monotonic() + 10
+        while os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG) is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        before = self.ticks(side)
+        self.assertEqual(self.state(side), "T")
+        side.resume()
+        side.measure({"seed": 2}, 60)
+        self.assertGreater(self.ticks(side), before)
+        side.suspend()
+        child = side.children[0]
+        side.stop()
+        # It ended by itself, as one does whose input ends: it was let go on first, and not killed.
+        self.assertEqual(child.process.returncode, 0)
+
+    def state(self, side: Side) -> str:
+        """The kernel's letter for what its first process does."""
+        return Path(f"/proc/{side.children[0].process.pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0]
+
+    def ticks(self, side: Side) -> int:
+        """CPU time of its processes."""
+        return sum(processes()[pid][1] for child in side.children for pid in child.members())
 
     def test_the_kernel_counts_a_peak_from_when_it_was_reset(self) -> None:
         program = ("big = bytearray(b'x') * (64 << 20); del big; print(flush=True); input(); "
