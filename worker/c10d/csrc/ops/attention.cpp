@@ -32,27 +32,41 @@ AF_VECTORISED void pack_values(const T* v, int64_t count, int64_t dim, int64_t s
 template <class T>
 AF_VECTORISED float softmax_row(const float* AF_RESTRICT scores, int64_t rows, int64_t r, int64_t blocks, int64_t visible,
                                 float scale, T* AF_RESTRICT probs, float* AF_RESTRICT lse) {
-  float most = -std::numeric_limits<float>::infinity();
+  // Key j goes to lane j % kLanes whatever the vectors' width, and lanes meet once a row. Indices as wide as the
+  // numbers: a mask for one is then one for the other.
+  constexpr int32_t kLanes = 16;
+  const auto seen_of = [visible](int64_t b) {
+    return static_cast<int32_t>(std::clamp<int64_t>(visible - b * kBlock, 0, kBlock));
+  };
+  float most_of[kLanes], total_of[kLanes];
+  for (int32_t l = 0; l < kLanes; l++) most_of[l] = -std::numeric_limits<float>::infinity();
   for (int64_t b = 0; b < blocks; b++) {
     const float* s = scores + (b * rows + r) * kBlock;
-    const int64_t seen = std::min(kBlock, visible - b * kBlock);
-#pragma omp simd reduction(max : most)
-    for (int64_t j = 0; j < seen; j++) most = s[j] > most ? s[j] : most;
+    const int32_t seen = seen_of(b);
+    for (int32_t j = 0; j < seen; j += kLanes)
+#pragma omp simd
+      for (int32_t l = 0; l < kLanes; l++) {
+        const float score = j + l < seen ? s[j + l] : most_of[l];
+        most_of[l] = score > most_of[l] ? score : most_of[l];
+      }
   }
-  float total = 0.0f;
+  float most = most_of[0];
+  for (int32_t l = 1; l < kLanes; l++) most = most_of[l] > most ? most_of[l] : most;
+  for (int32_t l = 0; l < kLanes; l++) total_of[l] = 0.0f;
   for (int64_t b = 0; b < blocks; b++) {
     const float* s = scores + (b * rows + r) * kBlock;
     T* p = probs + (b * rows + r) * kBlock;
-    const int64_t seen = visible - b * kBlock;
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < kBlock; j++) {
-      const float e = j < seen ? exp_f32((s[j] - most) * scale) : 0.0f;
-      sum += e;
-      store(p + j, e);
-    }
-    total += sum;
+    const int32_t seen = seen_of(b);
+    for (int32_t j = 0; j < static_cast<int32_t>(kBlock); j += kLanes)
+#pragma omp simd
+      for (int32_t l = 0; l < kLanes; l++) {
+        const float e = j + l < seen ? exp_f32((s[j + l] - most) * scale) : 0.0f;
+        total_of[l] += e;
+        store(p + j + l, e);
+      }
   }
+  float total = 0.0f;
+  for (int32_t l = 0; l < kLanes; l++) total += total_of[l];
   if (lse) *lse = most * scale + std::log(total);
   return total;
 }
