@@ -12,6 +12,8 @@ from transformers import AutoTokenizer
 LENGTHS = [1, 2, 3, 7, 17, 40, 64, 129]
 LONG = 700
 """Beyond 512, where kernels change their ways."""
+COMMON = 100
+"""Tokens that a group's rows begin with: beyond 64, a block of attention's keys."""
 
 
 @dataclass
@@ -24,9 +26,9 @@ class Texts:
     chains: list[list[dict[str, Any]]]
 
 
-def masked(random: Random, ids: list[int]) -> dict[str, Any]:
+def masked(random: Random, ids: list[int], prompt: int = 1) -> dict[str, Any]:
     """A row as a rollout leaves it: a prompt, then turns with loss and observations without."""
-    mask: list[bool] = [False]
+    mask: list[bool] = [False] * prompt
     with_loss = False
     while len(mask) < len(ids):
         mask += [with_loss] * random.randint(1, max(2, len(ids) // 4))
@@ -34,6 +36,15 @@ def masked(random: Random, ids: list[int]) -> dict[str, Any]:
     mask = mask[: len(ids)]
     advantages = [random.uniform(-2, 2) if has_loss else 0.0 for has_loss in mask]
     return {"ids": ids, "loss_mask": mask, "advantages": advantages}
+
+
+def alike(random: Random, rows: list[list[int]]) -> list[dict[str, Any]]:
+    """A group whose rows begin with one prompt, as chains of one question do: the longest row's first tokens, and after
+    them some of the other rows'."""
+    prompt = max(rows, key=len)[:COMMON]
+    others = [row for row in rows if len(row) > 2]
+    rests = [row[:40] for row in random.sample(others, 3)]
+    return [{**masked(random, prompt + rest, len(prompt)), "group": 0} for rest in rests]
 
 
 def turns(random: Random, text: list[int], new_tokens: int) -> list[dict[str, Any]]:
@@ -47,7 +58,7 @@ def from_rows(random: Random, rows: list[list[int]], prompts: list[list[int]]) -
     loss_rows = [masked(random, row) for row in rows if len(row) > 2]
     without_loss = [{**row, "loss_mask": [False] * len(row["ids"])} for row in loss_rows[:1]]
     chains = [turns(random, row, new_tokens=8) for row in rows if len(row) > 2]
-    return Texts(rows, loss_rows + without_loss, prompts, chains)
+    return Texts(rows, loss_rows + without_loss + alike(random, rows), prompts, chains)
 
 
 def random_texts(random: Random, vocabulary: int, prompts: int, with_long: bool) -> Texts:

@@ -55,6 +55,8 @@ struct LossRow {
     ids: Vec<u32>,
     loss_mask: Vec<bool>,
     advantages: Vec<f32>,
+    /// Rows of a group may share what they begin with; one without is alone.
+    group: Option<u32>,
 }
 
 /// A chain's turns; chains of a group have the same first tokens.
@@ -188,7 +190,12 @@ fn gradients(
     let global_loss_tokens = rows.iter().flat_map(|row| &row.loss_mask).filter(|m| **m).count() as u64;
     let global_rows = rows.iter().filter(|row| row.loss_mask.contains(&true)).count() as u64;
     let row = |(chain, row): (usize, LossRow)| TrainRow {
-        key: ChainKey { purpose: Purpose::Train, step: 1, group: 0, chain: chain as u32 },
+        key: ChainKey {
+            purpose: Purpose::Train,
+            step: 1,
+            group: row.group.unwrap_or(u32::MAX - chain as u32),
+            chain: chain as u32,
+        },
         rollout_log_probs: vec![0.0; row.ids.len()],
         token_ids: row.ids,
         loss_mask: row.loss_mask,
