@@ -72,22 +72,13 @@ impl Learner {
         let mut counts: Vec<f64> =
             prepared.iter().flat_map(|p| [targets(p) as f64, with_loss(p) as f64]).collect();
         self.ranks.sums(&mut counts)?;
-        for (mini_batch, (held, batch)) in counts.chunks_exact(2).zip(&shard.mini_batches).enumerate() {
-            let (tokens, rows) = (held[0] as u64, held[1] as u64);
-            let (global_loss_tokens, global_rows) = (batch.global_loss_tokens, batch.global_rows);
-            if tokens == 0 {
-                return Err(LearnerError::NoLossTokens { step, mini_batch });
-            }
-            if (tokens, rows) != (global_loss_tokens, global_rows) {
-                return Err(LearnerError::Denominators {
-                    step,
-                    mini_batch,
-                    tokens,
-                    rows,
-                    global_loss_tokens,
-                    global_rows,
-                });
-            }
+        // One that alone sees other counts would leave the others waiting in the update.
+        let verdict = check_counts(shard, &counts);
+        let mut differs = [f64::from(u8::from(verdict.is_err()))];
+        self.ranks.maxima(&mut differs)?;
+        verdict?;
+        if differs[0] > 0.0 {
+            return Err(LearnerError::PeerRefused { step });
         }
         Ok(prepared)
     }
@@ -297,6 +288,30 @@ impl Learner {
             Ok(loss)
         })
     }
+}
+
+/// Whether the counts that the coordinator gave for each mini-batch are those of all ranks together: `held` has the tokens
+/// with loss and the rows that have any, one pair a mini-batch.
+fn check_counts(shard: &TrainShard, held: &[f64]) -> Result<(), LearnerError> {
+    let step = shard.step;
+    for (mini_batch, (held, batch)) in held.chunks_exact(2).zip(&shard.mini_batches).enumerate() {
+        let (tokens, rows) = (held[0] as u64, held[1] as u64);
+        let (global_loss_tokens, global_rows) = (batch.global_loss_tokens, batch.global_rows);
+        if tokens == 0 {
+            return Err(LearnerError::NoLossTokens { step, mini_batch });
+        }
+        if (tokens, rows) != (global_loss_tokens, global_rows) {
+            return Err(LearnerError::Denominators {
+                step,
+                mini_batch,
+                tokens,
+                rows,
+                global_loss_tokens,
+                global_rows,
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Lengths, ids, mask and numbers of one row.
