@@ -1,6 +1,7 @@
 #include "gemm.h"
 
 #include <cstdlib>
+#include <string>
 
 namespace af {
 
@@ -38,7 +39,12 @@ bool micro_kernel_runs() {
 bool widens() {
   static const bool wider = [] {
     // For tests and comparisons on any processor.
-    if (const char* asked = std::getenv("AGENTFLY_BF16_IN_F32")) return asked[0] == '1';
+    if (const char* asked = std::getenv("AGENTFLY_BF16_IN_F32")) {
+      const std::string value = asked;
+      TORCH_CHECK(value == "0" || value == "1", "AGENTFLY_BF16_IN_F32=", value,
+                  ": expected 1, to multiply bf16 in float32, or 0, to multiply it in bf16; or leave it unset");
+      return value == "1";
+    }
 #if defined(__x86_64__)
     return __builtin_cpu_is("intel") && !__builtin_cpu_supports("amx-bf16");
 #else

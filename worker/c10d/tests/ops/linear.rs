@@ -11,7 +11,7 @@ use crate::util::{
 /// Rows of the weights, columns, rows of x, biased.
 type Case = (&'static [i64], i64, i64, bool);
 
-const CASES: [Case; 14] = [
+const CASES: [Case; 16] = [
     (&[16], 16, 16, false),
     (&[1], 2, 1, true),
     (&[5, 3], 7, 3, true), // odd k: no pairs in bf16
@@ -25,6 +25,8 @@ const CASES: [Case; 14] = [
     (&[65], 1000, 700, true), // rows in several chunks
     (&[9], 1, 70, true),
     (&[72], 2048, 64, false),
+    (&[40], 3100, 9, true),        // few rows of weights in several parts
+    (&[700, 600], 48, 530, false), // gradients of x in several parts
     (&[24, 40], 72, 0, true),
 ];
 

@@ -3,6 +3,7 @@
 //! bf16, or none at all, libtorch's operators take over.
 
 use std::env;
+use std::io::Read as _;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
@@ -28,24 +29,25 @@ fn other_processors_tell_the_same_stories() {
         return;
     }
     for settings in OTHERS {
-        let mut tests = Command::new(env::current_exe().unwrap());
-        tests
+        let mut tests = Command::new(env::current_exe().unwrap())
             .envs(settings.iter().copied())
             .env(OTHER, "1")
             .args(["--skip", "other_processors", "--test-threads", "2"])
-            .stdin(Stdio::null());
-        let (sender, ended) = mpsc::channel();
-        thread::spawn(move || sender.send(tests.output()));
-        let output = ended
-            .recv_timeout(DEADLINE)
-            .unwrap_or_else(|_| panic!("{settings:?} took over {DEADLINE:?}"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
             .unwrap();
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(
-            output.status.success(),
-            "with {settings:?}:\n{text}{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        let mut told = tests.stdout.take().unwrap();
+        let (sender, ended) = mpsc::channel();
+        thread::spawn(move || {
+            let mut text = String::new();
+            let read = told.read_to_string(&mut text).map(|_| text);
+            sender.send(read)
+        });
+        let text = ended.recv_timeout(DEADLINE).map(Result::unwrap).inspect_err(|_| tests.kill().unwrap());
+        let status = tests.wait().unwrap();
+        let text = text.unwrap_or_else(|_| panic!("{settings:?} took over {DEADLINE:?}"));
+        assert!(status.success(), "with {settings:?}, {status}:\n{text}");
         assert!(text.contains(" passed") && !text.contains(" 0 passed"), "no test ran:\n{text}");
     }
 }
