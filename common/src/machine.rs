@@ -55,7 +55,7 @@ pub fn cores() -> u32 {
     std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
 }
 
-/// Whether this CPU multiplies bf16 in hardware; where it does not, bf16 is slower than f32.
+/// Whether this CPU multiplies bf16 in hardware; where it does not, f32 is what is taken unless bf16 is asked for.
 #[must_use]
 pub fn cpu_computes_bf16() -> bool {
     #[cfg(target_arch = "x86_64")]

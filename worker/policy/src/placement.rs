@@ -82,7 +82,7 @@ impl Dtype {
 
 /// Whether products in this precision are the same bits for a row whatever rows are beside it.
 #[must_use]
-pub fn is_batch_invariant(place: Place, precision: Precision) -> bool {
+pub fn products_are_batch_invariant(place: Place, precision: Precision) -> bool {
     invariance::of_products(kind_of(precision), place.device())
 }
 

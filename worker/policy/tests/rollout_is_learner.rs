@@ -4,6 +4,12 @@
 mod support;
 
 use std::collections::BTreeMap;
+use std::env;
+use std::io::Read as _;
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use agentfly_c10d::ops::has_kernels;
 use agentfly_common::batch::{MiniBatch, TrainRow, TrainShard};
@@ -16,6 +22,9 @@ use support::{FAMILIES, model, text};
 use tch::{Device, Kind, Tensor};
 
 const TEMPERATURE: f64 = 0.7;
+/// Whether bf16 is multiplied in f32; read once, so that each way takes a process of its own.
+const IN_F32: &str = "AGENTFLY_BF16_IN_F32";
+const DEADLINE: Duration = Duration::from_secs(300);
 
 /// Chains of three turns with observations between, through a cache that does not hold them all; as training rows.
 fn rollout(decoder: &Decoder) -> Vec<TrainRow> {
@@ -103,5 +112,32 @@ fn a_rollouts_log_probs_are_the_learners_to_the_bit() {
             assert_eq!(stats.metrics["rollout_corr/log_prob_diff_max"], 0.0, "{family} {kind:?}");
             assert_eq!(stats.metrics["rollout_corr/kl"], 0.0, "{family} {kind:?}");
         }
+    }
+}
+
+#[test]
+fn so_they_are_in_whichever_way_bf16_is_multiplied() {
+    if env::var_os(IN_F32).is_some() {
+        return;
+    }
+    for way in ["0", "1"] {
+        let mut story = Command::new(env::current_exe().expect("this test"))
+            .args(["--exact", "a_rollouts_log_probs_are_the_learners_to_the_bit"])
+            .env(IN_F32, way)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("it runs already");
+        let mut told = story.stdout.take().expect("it is piped");
+        let (sender, ended) = mpsc::channel();
+        thread::spawn(move || {
+            let mut text = String::new();
+            let read = told.read_to_string(&mut text).map(|_| text);
+            sender.send(read)
+        });
+        let text = ended.recv_timeout(DEADLINE).inspect_err(|_| story.kill().expect("it is ours"));
+        let status = story.wait().expect("it ended, or was killed");
+        let text = text.expect("within its deadline").expect("it tells in UTF-8");
+        assert!(status.success() && text.contains("1 passed"), "{IN_F32}={way}, {status}:\n{text}");
     }
 }

@@ -8,7 +8,7 @@
 //!
 //! What must stay true:
 //! - a turn's tokens depend on its chain's tokens, its seed and the weights, never on what else is batched (to the last bit
-//!   where [`crate::placement::is_batch_invariant`]; elsewhere the products' rounding does);
+//!   where [`crate::placement::computes_batch_invariantly`]; elsewhere the products' rounding does);
 //! - a chain's tokens are kept until [`Engine::release`], so losing its cache costs time, never the chain;
 //! - running out of slots, cache or window is a wait or a [`StopReason::Length`], never an error.
 

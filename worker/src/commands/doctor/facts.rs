@@ -3,7 +3,7 @@
 use agentfly_c10d::LIBTORCH_VERSION;
 use agentfly_common::machine::{Memory, cores, cpu_computes_bf16, cpu_has_bf16_matrix_unit, memory};
 use agentfly_common::planner::Precision;
-use agentfly_policy::placement::{Place, cuda_built, is_batch_invariant};
+use agentfly_policy::placement::{Place, cuda_built, products_are_batch_invariant};
 use agentfly_sandbox::{Sandbox, SandboxConfig, Snippet, Status};
 use serde::Serialize;
 
@@ -48,7 +48,7 @@ impl Facts {
             cpu_amx: cpu_has_bf16_matrix_unit(),
             batch_invariant: [Precision::F32, Precision::Bf16]
                 .into_iter()
-                .filter(|precision| is_batch_invariant(Place::Cpu, *precision))
+                .filter(|precision| products_are_batch_invariant(Place::Cpu, *precision))
                 .collect(),
             memory_bytes: total_bytes,
             memory_available_bytes: available_bytes,

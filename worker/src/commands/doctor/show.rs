@@ -39,7 +39,7 @@ fn machine(facts: &Facts) -> Table {
     let bf16 = match (facts.cpu_bf16, facts.cpu_amx) {
         (_, true) => "yes (AMX)",
         (true, false) => "yes (avx512_bf16)",
-        (false, false) => "no: float32 is faster here",
+        (false, false) => "no: float32 unless bfloat16 is asked for",
     };
     rows.add_row(["bfloat16 in hardware", bf16]);
     let invariant: Vec<String> = facts.batch_invariant.iter().map(ToString::to_string).collect();
