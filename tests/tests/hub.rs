@@ -155,6 +155,45 @@ fn a_file_cut_short_in_a_copied_cache_is_replaced() {
 }
 
 #[test]
+fn a_file_of_a_commit_that_is_cut_short_is_fetched_again_or_named_with_its_lengths() {
+    let exact = format!("acme/tiny@{COMMIT}");
+    // Within the header's length, the header, the data and a JSON; a copy without links, and a blob that links lead to.
+    for (file, bytes) in [
+        ("model.safetensors", 5),
+        ("model.safetensors", 1000),
+        ("model.safetensors", 200_000),
+        ("tokenizer.json", 900),
+    ] {
+        for link in [false, true] {
+            let scene = Scene::new();
+            let folder = fetch(scene.settings(0), &exact, Want::Everything).unwrap();
+            let place = folder.join(file);
+            let whole = std::fs::read(&place).unwrap();
+            if !link {
+                std::fs::remove_file(&place).unwrap();
+            }
+            std::fs::write(&place, &whole[..bytes]).unwrap();
+
+            let offline = HubSettings { offline: true, ..scene.settings(0) };
+            let told = fetch(offline, &exact, Want::Everything).unwrap_err().to_string();
+            let path = place.display().to_string();
+            assert_says(
+                &told,
+                &[&path, &format!("{bytes} bytes"), "HF_HUB_OFFLINE is set", "hf download acme/tiny"],
+            );
+            if bytes == 200_000 {
+                assert_says(&told, &[&format!("by its header {}", whole.len())]);
+            }
+            let before = scene.hub.transfers().len();
+            assert_whole(&fetch(scene.settings(0), &exact, Want::Everything).unwrap());
+            // The blob that a copy stands beside is linked again.
+            let large = usize::from(link && file == "model.safetensors");
+            assert_eq!(scene.hub.transfers().len() - before, large, "{file}, {bytes} bytes, link: {link}");
+        }
+    }
+}
+
+#[test]
 fn a_server_that_does_not_resume_sends_the_whole_again() {
     let scene = Scene::new();
     scene.hub.faults(|faults| {

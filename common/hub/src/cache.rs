@@ -10,14 +10,25 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use agentfly_common::model_dir::announced_bytes;
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+use serde::de::IgnoredAny;
 
 use crate::error::HubError;
 use crate::fetch::length;
 use crate::hub::Want;
-use crate::listing::{INDEX, RemoteFile, SINGLE, indexed_files};
+use crate::listing::{INDEX, RemoteFile, SINGLE, SMALL, indexed_files};
 use crate::name::ModelName;
 use crate::verify::Checksum;
+
+/// What a copy lacks.
+#[derive(Debug)]
+pub(crate) enum Lack {
+    /// A file.
+    File,
+    /// The end of a file: its path, and its lengths.
+    End(String),
+}
 
 /// One model in a cache.
 pub(crate) struct Cached {
@@ -66,12 +77,13 @@ impl Cached {
     }
 
     /// The copy that the revision last meant, if all that is wanted of it is there.
-    pub(crate) fn whole_copy(&self, name: &ModelName, want: Want) -> Option<PathBuf> {
+    pub(crate) fn whole_copy(&self, name: &ModelName, want: Want) -> Result<PathBuf, Lack> {
+        let config = || self.repo.get("config.json");
         let folder = match name.commit() {
             Some(commit) => self.snapshot(commit),
-            None => self.repo.get("config.json")?.parent()?.to_owned(),
+            None => config().as_deref().and_then(Path::parent).ok_or(Lack::File)?.to_owned(),
         };
-        is_whole(&folder, want).then_some(folder)
+        check_whole(&folder, want).map(|()| folder)
     }
 
     /// Whether a commit has these files, whole: what has a name here was verified before it got it.
@@ -126,15 +138,51 @@ pub(crate) fn repo_of(name: &ModelName) -> Repo {
     Repo::with_revision(name.repository.clone(), RepoType::Model, name.revision().to_owned())
 }
 
-/// Whether a folder holds what is wanted of a model. What is wrong inside the files is for their reader.
-fn is_whole(folder: &Path, want: Want) -> bool {
+/// Whether a folder holds what is wanted of a model, each file to its end: a copy between machines may have broken off, and a
+/// commit that is here is asked about nowhere. What is wrong inside whole files is for their reader.
+fn check_whole(folder: &Path, want: Want) -> Result<(), Lack> {
     let has = |file: &str| folder.join(file).exists();
+    let needed: &[&str] = match want {
+        Want::Configuration => &["config.json"],
+        Want::Everything => &["config.json", "tokenizer.json"],
+    };
+    if !needed.iter().all(|file| has(file)) {
+        return Err(Lack::File);
+    }
+    let texts = SMALL.iter().filter(|file| file.ends_with(".json") && has(file));
+    texts.map(|file| folder.join(file)).try_for_each(|path| check_text(&path))?;
     if want == Want::Configuration {
-        return has("config.json");
+        return Ok(());
     }
     let weights = match std::fs::read_to_string(folder.join(INDEX)) {
-        Ok(index) => indexed_files(&index).is_ok_and(|files| files.iter().all(|file| has(file))),
-        Err(_) => has(SINGLE),
+        Ok(index) => indexed_files(&index).map_err(|_| Lack::File)?,
+        Err(_) => vec![SINGLE.to_owned()],
     };
-    has("config.json") && has("tokenizer.json") && weights
+    weights.iter().map(|file| folder.join(file)).try_for_each(|path| check_weights(&path))
+}
+
+/// What JSON should be is known by its last bracket alone.
+fn check_text(path: &Path) -> Result<(), Lack> {
+    // One that cannot be read is for its reader, too.
+    let Ok(text) = std::fs::read(path) else { return Ok(()) };
+    match serde_json::from_slice::<IgnoredAny>(&text) {
+        Err(error) if error.is_eof() => {
+            let (path, bytes) = (path.display(), text.len());
+            Err(Lack::End(format!("{path} is cut short: its {bytes} bytes end within its JSON")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Weights say in their header how long they are.
+fn check_weights(path: &Path) -> Result<(), Lack> {
+    let found = length(path).ok_or(Lack::File)?;
+    match announced_bytes(path) {
+        Ok(announced) if announced == found => Ok(()),
+        Ok(announced) => {
+            let path = path.display();
+            Err(Lack::End(format!("{path} has {found} bytes, and by its header {announced}")))
+        }
+        Err(error) => Err(Lack::End(error.to_string())),
+    }
 }

@@ -19,8 +19,9 @@ pub enum HubError {
     NoCache,
     /// Nothing is here and nobody may be asked.
     #[error(
-        "{name} is not on this machine: there is no folder of that name here, and no whole copy in {}; {tried}. {}",
+        "{name} is not on this machine: there is no folder of that name here, and no whole copy in {}{}; {tried}. {}",
         cache.display(),
+        cut_short.as_deref().map(|cut| format!(": {cut}")).unwrap_or_default(),
         way_out(name, cache)
     )]
     NotHere {
@@ -30,6 +31,8 @@ pub enum HubError {
         cache: PathBuf,
         /// What was tried, or why nothing was.
         tried: String,
+        /// A file that is there in part, with its lengths.
+        cut_short: Option<String>,
     },
     /// The hub knows no such model or revision.
     #[error(

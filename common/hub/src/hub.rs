@@ -8,7 +8,7 @@ use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use ureq::Body;
 use ureq::http::Response;
 
-use crate::cache::{Cached, is_read_only, repo_of};
+use crate::cache::{Cached, Lack, is_read_only, repo_of};
 use crate::error::HubError;
 use crate::fetch::{fetch, length};
 use crate::listing::{INDEX, Listing, RemoteFile, indexed_files};
@@ -57,15 +57,23 @@ impl Hub {
     /// What was tried, how far it came, and what to do.
     pub fn model_dir(&self, name: &ModelName, want: Want) -> Result<PathBuf, HubError> {
         let cached = Cached::new(&self.settings.cache, name);
-        let copy = cached.whole_copy(name, want);
+        let (copy, cut_short) = match cached.whole_copy(name, want) {
+            Ok(copy) => (Some(copy), None),
+            Err(Lack::File) => (None, None),
+            Err(Lack::End(cut)) => (None, Some(cut)),
+        };
         // What a commit holds never changes: nothing to ask.
         if let (Some(copy), Some(_)) = (&copy, name.commit()) {
             return Ok(copy.clone());
+        }
+        if let Some(cut) = &cut_short {
+            tracing::warn!(model = %name, cut, "the copy in the cache is not whole");
         }
         let not_here = |tried: String| HubError::NotHere {
             name: name.to_string(),
             cache: self.settings.cache.clone(),
             tried,
+            cut_short: cut_short.clone(),
         };
         if self.settings.offline {
             return copy.ok_or_else(|| not_here("HF_HUB_OFFLINE is set, so no hub was asked".to_owned()));

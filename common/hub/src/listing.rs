@@ -8,7 +8,7 @@ use crate::name::{is_commit, is_part};
 use crate::verify::Checksum;
 
 /// The small files of a model, as far as a repository has them.
-const SMALL: [&str; 12] = [
+pub(crate) const SMALL: [&str; 12] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",

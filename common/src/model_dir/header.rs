@@ -14,7 +14,7 @@ use safetensors::tensor::TensorInfo;
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
 /// Longest header accepted, the safetensors format's own limit.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
+pub(super) const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// Bytes of the header's length, which come first.
 pub(super) const LENGTH_BYTES: u64 = 8;
 
@@ -30,11 +30,16 @@ pub(super) fn header_bytes(first: [u8; LENGTH_BYTES as usize], file_bytes: u64) 
     Ok(length)
 }
 
+/// Bytes of data that the tensors of a header take, whether they are there or not.
+pub(super) fn announced_data_bytes(header: &[u8]) -> Result<u64, String> {
+    let Tensors(tensors) = read(header)?;
+    Ok(tensors.values().map(|info| info.data_offsets.1 as u64).max().unwrap_or(0))
+}
+
 /// The tensors of a header, by name; `data_bytes` is what the file holds after the header, where their
 /// `data_offsets` start to count.
 pub(super) fn parse(header: &[u8], data_bytes: u64) -> Result<BTreeMap<String, TensorInfo>, String> {
-    let Tensors(tensors) =
-        serde_json::from_slice(header).map_err(|e| format!("has no safetensors header: {e}"))?;
+    let Tensors(tensors) = read(header)?;
     let mut in_order: Vec<(&String, &TensorInfo)> = tensors.iter().collect();
     in_order.sort_by_key(|(_, info)| info.data_offsets);
     let mut end_of_last = 0;
@@ -69,6 +74,10 @@ pub(super) fn parse(header: &[u8], data_bytes: u64) -> Result<BTreeMap<String, T
         ));
     }
     Ok(tensors)
+}
+
+fn read(header: &[u8]) -> Result<Tensors, String> {
+    serde_json::from_slice(header).map_err(|e| format!("has no safetensors header: {e}"))
 }
 
 /// Elements × size, where both can be counted and give whole bytes.

@@ -26,7 +26,7 @@ pub use json::read_object;
 pub use rope::RopeScaling;
 pub use template_fit::{TemplateMisfit, check_template, fitting_templates};
 pub use tokenizer::{chat_template, special_tokens};
-pub use weights::{StoredDtype, StoredTensor, stored_tensors};
+pub use weights::{StoredDtype, StoredTensor, announced_bytes, stored_tensors};
 pub use window::WindowError;
 
 /// A model directory whose configuration and weights belong together.

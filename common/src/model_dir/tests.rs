@@ -167,9 +167,15 @@ fn buffers_and_the_copy_of_a_tied_head_are_not_weights() {
 fn a_file_cut_anywhere_is_refused() {
     let dir = directory(&tensors());
     let whole = std::fs::read(weights(&dir)).unwrap();
+    let header = whole.len() as u64 - 392;
     for length in 0..whole.len() {
         std::fs::write(weights(&dir), &whole[..length]).unwrap();
         assert_says(&refusal(&dir), &["model.safetensors"]);
+        let announced = announced_bytes(&weights(&dir)).unwrap();
+        assert!(announced > length as u64, "{length} bytes seem whole");
+        if length as u64 >= header {
+            assert_eq!(announced, whole.len() as u64);
+        }
     }
     std::fs::write(weights(&dir), &whole[..whole.len() - 1]).unwrap();
     assert_says(

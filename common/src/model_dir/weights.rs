@@ -4,6 +4,7 @@
 //! it does not; only headers are read.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
@@ -12,7 +13,7 @@ use safetensors::tensor::TensorInfo;
 
 use super::config::ModelConfig;
 use super::error::ModelDirError;
-use super::header::{self, LENGTH_BYTES};
+use super::header::{self, LENGTH_BYTES, MAX_HEADER_BYTES};
 use super::json::{open, read_object};
 
 /// Says which of several files holds which tensor.
@@ -94,6 +95,24 @@ pub fn stored_tensors(path: &Path) -> Result<Vec<StoredTensor>, ModelDirError> {
         entry.stored(name, shape)
     };
     found.into_iter().map(stored).collect()
+}
+
+/// Bytes that a safetensors file should have, by its own header; where the file ends within that, the bytes to the header's
+/// end.
+///
+/// # Errors
+/// When the file cannot be read, or begins with no header.
+pub fn announced_bytes(path: &Path) -> Result<u64, ModelDirError> {
+    let (file, file_bytes) = open(path)?;
+    let first = first_bytes(&file, file_bytes, path)?;
+    let announced = u64::from_le_bytes(first);
+    if announced <= MAX_HEADER_BYTES && LENGTH_BYTES + announced > file_bytes {
+        return Ok(LENGTH_BYTES + announced);
+    }
+    let text = header_text(&file, first, file_bytes, path)?;
+    let data =
+        header::announced_data_bytes(&text).map_err(|reason| ModelDirError::malformed(path, reason))?;
+    Ok((LENGTH_BYTES + announced).saturating_add(data))
 }
 
 /// Every parameter of `config`, in its order, and the head where it is tied and stored all the same.
@@ -179,15 +198,8 @@ fn weight_files(dir: &Path) -> Result<BTreeSet<PathBuf>, ModelDirError> {
 /// Adds the tensors of one file.
 fn read_header(path: &Path, all: &mut BTreeMap<String, Found>) -> Result<(), ModelDirError> {
     let (file, file_bytes) = open(path)?;
-    let unreadable = |e| ModelDirError::io("cannot read", path, e);
-    let mut first = [0; LENGTH_BYTES as usize];
-    let beginning = file_bytes.min(LENGTH_BYTES) as usize;
-    file.read_exact_at(&mut first[..beginning], 0).map_err(unreadable)?;
-    let length =
-        header::header_bytes(first, file_bytes).map_err(|reason| ModelDirError::malformed(path, reason))?;
-    let mut text = vec![0; length as usize];
-    file.read_exact_at(&mut text, LENGTH_BYTES).map_err(unreadable)?;
-    let data_start = LENGTH_BYTES + length;
+    let text = header_text(&file, first_bytes(&file, file_bytes, path)?, file_bytes, path)?;
+    let data_start = LENGTH_BYTES + text.len() as u64;
     let tensors = header::parse(&text, file_bytes - data_start)
         .map_err(|reason| ModelDirError::malformed(path, reason))?;
     for (name, info) in tensors {
@@ -198,4 +210,31 @@ fn read_header(path: &Path, all: &mut BTreeMap<String, Found>) -> Result<(), Mod
         }
     }
     Ok(())
+}
+
+/// The bytes that say how long the header is; zeros for those that a shorter file lacks.
+fn first_bytes(
+    file: &File,
+    file_bytes: u64,
+    path: &Path,
+) -> Result<[u8; LENGTH_BYTES as usize], ModelDirError> {
+    let mut first = [0; LENGTH_BYTES as usize];
+    let there = file_bytes.min(LENGTH_BYTES) as usize;
+    let read = file.read_exact_at(&mut first[..there], 0);
+    read.map_err(|e| ModelDirError::io("cannot read", path, e))?;
+    Ok(first)
+}
+
+fn header_text(
+    file: &File,
+    first: [u8; LENGTH_BYTES as usize],
+    file_bytes: u64,
+    path: &Path,
+) -> Result<Vec<u8>, ModelDirError> {
+    let length =
+        header::header_bytes(first, file_bytes).map_err(|reason| ModelDirError::malformed(path, reason))?;
+    let mut text = vec![0; length as usize];
+    let read = file.read_exact_at(&mut text, LENGTH_BYTES);
+    read.map_err(|e| ModelDirError::io("cannot read", path, e))?;
+    Ok(text)
 }
