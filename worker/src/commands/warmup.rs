@@ -9,12 +9,13 @@ use std::sync::Arc;
 
 use agentfly_agent::template::{ChatTemplate, Next, ToolReply};
 use agentfly_agent::tokenizer::ChatTokenizer;
+use agentfly_common::model_dir::ModelConfig;
 use agentfly_common::seed::JobSeed;
 use agentfly_common::trajectory::{Message, Role};
 use agentfly_hub::{Want, local_model};
 use agentfly_policy::learner::{Learner, LearnerConfig, MicroBatchLimit, Schedule, SupervisedRow};
 use agentfly_policy::placement::{Dtype, Place, open, random, save, set_up};
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use rand::seq::SliceRandom as _;
 use serde::Deserialize;
@@ -62,17 +63,19 @@ struct Demo {
 /// Trains and writes the model.
 ///
 /// # Errors
-/// What is wrong with the settings (found before anything is read or written), the demonstrations (by line), the shape
-/// or the disk; a loss that is no number.
+/// What is wrong with the settings (found before anything is read or written), the demonstrations (by line, before the
+/// first update), the shape or the disk; a loss that is no number.
 pub fn run(args: &WarmupArgs) -> anyhow::Result<()> {
     let config = settings(args);
     config.check()?;
+    ensure!(args.batch > 0, "--batch 0: an update learns from at least 1 demonstration");
     let given = args.from.as_ref().or(args.shape.as_ref()).context("either --shape or --from is given")?;
     let want = if args.from.is_some() { Want::Everything } else { Want::Configuration };
     let source = &local_model(given, want)?;
     let tokenizer = Arc::new(ChatTokenizer::from_dir(source)?);
     let template = ChatTemplate::new(Some(&args.template), tokenizer)?;
-    let rows = read_demos(args, &template)?;
+    let window = ModelConfig::from_dir(source)?.max_position_embeddings;
+    let rows = read_demos(args, &template, usize::try_from(window).unwrap_or(usize::MAX))?;
     set_up(args.threads, Place::Cpu)?;
     let mut decoder = match want {
         Want::Everything => open(source, Dtype::F32, Place::Cpu)?,
@@ -140,7 +143,12 @@ impl Order {
     }
 }
 
-fn read_demos(args: &WarmupArgs, template: &ChatTemplate) -> anyhow::Result<Vec<SupervisedRow>> {
+/// The demonstrations of a file; each has something to learn and fits `window`, tokens.
+fn read_demos(
+    args: &WarmupArgs,
+    template: &ChatTemplate,
+    window: usize,
+) -> anyhow::Result<Vec<SupervisedRow>> {
     let name = args.demos.display();
     let file = std::fs::File::open(&args.demos).with_context(|| format!("cannot read {name}"))?;
     let mut rows = Vec::new();
@@ -148,10 +156,30 @@ fn read_demos(args: &WarmupArgs, template: &ChatTemplate) -> anyhow::Result<Vec<
         let number = index + 1;
         let demo: Demo = serde_json::from_str(&line?)
             .with_context(|| format!("{name}, line {number}: not {{\"messages\":[…]}}"))?;
-        rows.push(row(&demo.messages, template).with_context(|| format!("{name}, line {number}"))?);
+        let row = row(&demo.messages, template).and_then(|row| {
+            check_row(&row, demo.messages.len(), window)?;
+            Ok(row)
+        });
+        rows.push(row.with_context(|| format!("{name}, line {number}"))?);
     }
-    anyhow::ensure!(!rows.is_empty(), "{name} holds no demonstration");
+    ensure!(!rows.is_empty(), "{name} holds no demonstration");
     Ok(rows)
+}
+
+/// Refuses here what would end the training between two updates, or teach positions that the model does not have.
+fn check_row(row: &SupervisedRow, messages: usize, window: usize) -> anyhow::Result<()> {
+    ensure!(
+        row.loss_mask.contains(&true),
+        "nothing to learn: of its {messages} messages none is the assistant's; add what it should say, or leave the line \
+         out"
+    );
+    let tokens = row.token_ids.len();
+    ensure!(
+        tokens <= window,
+        "{tokens} tokens with the template, and the model was trained for {window} (max_position_embeddings); shorten it, \
+         or leave the line out"
+    );
+    Ok(())
 }
 
 /// A demonstration as the chain loop would have recorded it: the same prompt, deltas and mask.
@@ -190,29 +218,77 @@ fn row(messages: &[Message], template: &ChatTemplate) -> anyhow::Result<Supervis
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
-    #[test]
-    fn a_rate_that_nothing_can_be_taught_with_is_refused_before_anything_is_read_or_written() {
-        let nowhere = std::env::temp_dir().join(format!("agentfly-warmup-{}", std::process::id()));
-        let given = |lr| WarmupArgs {
-            shape: Some(nowhere.join("no-such-model")),
+    /// A place that is no other test's.
+    fn place(name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("agentfly-warmup-{}-{name}", std::process::id()))
+    }
+
+    fn args(shape: PathBuf, demos: PathBuf, out: PathBuf) -> WarmupArgs {
+        WarmupArgs {
+            shape: Some(shape),
             from: None,
-            demos: nowhere.join("no-such-file"),
-            out: nowhere.join("out"),
+            demos,
+            out,
             template: "qwen-chat".to_owned(),
-            steps: 0, // not even the first update could find it
+            steps: 0, // not even the first update could find what is wrong
             batch: 1,
-            lr,
+            lr: 1e-3,
             seed: 1,
             threads: 1,
+        }
+    }
+
+    #[test]
+    fn settings_that_nothing_can_be_taught_with_are_refused_before_anything_is_read_or_written() {
+        let nowhere = place("nowhere");
+        let given = |lr, batch| WarmupArgs {
+            lr,
+            batch,
+            ..args(nowhere.join("no-such-model"), nowhere.join("no-such-file"), nowhere.join("out"))
         };
         for (lr, told) in [(f64::NAN, "NaN"), (-1e-3, "-0.001"), (f64::INFINITY, "inf")] {
-            let error = run(&given(lr)).unwrap_err().to_string();
+            let error = run(&given(lr, 1)).unwrap_err().to_string();
             assert_eq!(error, format!("learner setting lr = {told}: must be at least 0"));
         }
+        let error = run(&given(1e-3, 0)).unwrap_err().to_string();
+        assert_eq!(error, "--batch 0: an update learns from at least 1 demonstration");
         assert!(!nowhere.exists());
-        let error = run(&given(1e-3)).unwrap_err().to_string();
-        assert!(error.contains("no-such-model"), "a good rate is not what stops it: {error}");
+        let error = run(&given(1e-3, 1)).unwrap_err().to_string();
+        assert!(error.contains("no-such-model"), "good settings are not what stops it: {error}");
+    }
+
+    #[test]
+    fn a_demonstration_that_cannot_be_taught_is_refused_by_line_before_the_first_update() {
+        let tiny = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/models/tiny"));
+        let (demos, out) = (place("demos.jsonl"), place("out"));
+        let user = |text: &str| serde_json::json!({"role": "user", "content": text});
+        let answer = serde_json::json!({"role": "assistant", "content": "2"});
+        let line = |messages: &[&serde_json::Value]| serde_json::json!({"messages": messages}).to_string();
+        let good = line(&[&user("1 + 1?"), &answer]);
+        let tool = serde_json::json!({"role": "tool", "content": "2"});
+        let unanswered = line(&[&user("1 + 1?"), &tool]);
+        let long = line(&[&user(&"1 + ".repeat(1024)), &answer]);
+        for (bad, told) in [
+            (&unanswered, "line 2: nothing to learn: of its 2 messages none is the assistant's"),
+            (&long, "the model was trained for 1024 (max_position_embeddings)"),
+        ] {
+            std::fs::write(&demos, format!("{good}\n{bad}\n")).unwrap();
+            let error = run(&args(tiny.to_owned(), demos.clone(), out.clone())).unwrap_err();
+            let error = format!("{error:#}");
+            assert!(error.contains(told) && error.contains("demos.jsonl, line 2: "), "{error}");
+            assert!(!out.exists());
+        }
+        std::fs::remove_file(&demos).unwrap();
+    }
+
+    #[test]
+    fn a_demonstration_may_fill_the_window() {
+        let row = SupervisedRow { token_ids: vec![1; 8], loss_mask: [vec![false; 7], vec![true]].concat() };
+        check_row(&row, 2, 8).unwrap();
+        assert!(check_row(&row, 2, 7).unwrap_err().to_string().starts_with("8 tokens with the template"));
     }
 }
