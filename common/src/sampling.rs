@@ -2,10 +2,19 @@
 
 use serde::{Deserialize, Serialize};
 
+/// What [`is_divisor`] asks for, in words.
+pub const DIVISORS: &str = "a number above 0 whose inverse is a normal float32 (3e-39 to 8.5e37)";
+
+/// Whether logits can be divided by this temperature, as every kernel does: by multiplying with its inverse in f32.
+#[must_use]
+pub fn is_divisor(temperature: f64) -> bool {
+    temperature > 0.0 && ((1.0 / temperature) as f32).is_normal()
+}
+
 /// How one turn is sampled. vLLM's and verl's meaning of each field.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SamplingParams {
-    /// 0 is greedy; otherwise logits are divided by it before anything else.
+    /// 0 is greedy; otherwise logits are divided by it before anything else, see [`is_divisor`].
     pub temperature: f64,
     /// Nucleus: the smallest set of most likely tokens whose mass reaches this; 1 keeps all.
     pub top_p: f64,

@@ -19,7 +19,16 @@ fn numbers_are_taken_up_to_their_bounds_and_no_further() {
         (format!("{rollout}.val_kwargs.top_p"), vec!["1"], vec!["0", "1.5"]),
         (format!("{rollout}.top_k"), vec!["-1", "1", "50"], vec!["0", "-2", "4294967296"]),
         (format!("{rollout}.val_kwargs.top_k"), vec!["-1", "1"], vec!["0", "-7"]),
-        (format!("{rollout}.temperature"), vec!["0.1", "2"], vec!["0", "-1", "inf", "nan"]),
+        (
+            format!("{rollout}.temperature"),
+            vec!["0.1", "2", "3e-39", "8.5e37"],
+            vec!["0", "-1", "1e-39", "2.9e-39", "8.6e37", "1e39", "inf", "nan"],
+        ),
+        (
+            format!("{rollout}.val_kwargs.temperature"),
+            vec!["0", "0.6", "3e-39", "8.5e37"],
+            vec!["-1", "1e-39", "1e39", "inf"],
+        ),
         (format!("{actor}.grad_clip"), vec!["0.5"], vec!["0", "-1"]),
         (format!("{actor}.clip_ratio_c"), vec!["1.5"], vec!["1", "0.5"]),
         (format!("{actor}.clip_ratio_low"), vec!["0", "1"], vec!["-0.1", "1.1"]),

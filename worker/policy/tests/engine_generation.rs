@@ -306,6 +306,8 @@ fn refusals_say_what_is_wrong() {
     assert!(unknown.contains("token 120 is not in the model's vocabulary of 120"), "{unknown}");
     for (sampling, text) in [
         (SamplingParams { temperature: -0.5, ..greedy(1) }, "temperature = -0.5"),
+        (SamplingParams { temperature: 1e39, ..greedy(1) }, "temperature = 1000"),
+        (SamplingParams { temperature: 1e-39, ..greedy(1) }, "temperature = 0.000"),
         (SamplingParams { top_p: 0.0, ..greedy(1) }, "top_p = 0"),
         (SamplingParams { top_k: Some(0), ..greedy(1) }, "top_k = 0"),
     ] {

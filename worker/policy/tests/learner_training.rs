@@ -323,9 +323,13 @@ fn faults_are_found_before_the_weights_change() {
     );
     assert_eq!(weights(&decoder), start);
     assert_eq!(learner.policy_version(), PolicyVersion(0));
-    let greedy = LearnerConfig { temperature: 0.0, ..config() };
-    let text = Learner::new(greedy, &decoder, true, None).unwrap_err().to_string();
-    assert!(text.contains("temperature = 0"), "{text}");
+    for (temperature, told) in
+        [(0.0, "temperature = 0.0"), (1e-39, "temperature = 1e-39"), (1e39, "temperature = 1e39")]
+    {
+        let wrong = LearnerConfig { temperature, ..config() };
+        let text = Learner::new(wrong, &decoder, true, None).unwrap_err().to_string();
+        assert!(text.contains(told), "{text}");
+    }
 }
 
 #[test]

@@ -5,13 +5,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::checks::Checks;
 use crate::config::choices::Dtype;
-use crate::sampling::SamplingParams;
+use crate::sampling::{DIVISORS, SamplingParams, is_divisor};
 
 /// `actor_rollout_ref.rollout.*`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rollout {
-    /// Divisor of the logits; above 0.
+    /// Divisor of the logits, see [`is_divisor`].
     pub temperature: f64,
     /// Nucleus mass.
     pub top_p: f64,
@@ -39,7 +39,7 @@ pub struct Rollout {
 pub struct ValKwargs {
     /// False is greedy.
     pub do_sample: bool,
-    /// Divisor of the logits.
+    /// Divisor of the logits, or 0: greedy.
     pub temperature: f64,
     /// Nucleus mass.
     pub top_p: f64,
@@ -49,7 +49,8 @@ pub struct ValKwargs {
 
 impl Rollout {
     pub(crate) fn check(&self, checks: &mut Checks) {
-        checks.above("actor_rollout_ref.rollout.temperature", self.temperature, 0.0);
+        let temperature = "actor_rollout_ref.rollout.temperature";
+        checks.that(temperature, is_divisor(self.temperature), format!("expected {DIVISORS}"));
         checks.mass("actor_rollout_ref.rollout.top_p", self.top_p);
         checks.top_k("actor_rollout_ref.rollout.top_k", self.top_k);
         checks.at_least_one("actor_rollout_ref.rollout.max_tokens", self.max_tokens);
@@ -57,7 +58,9 @@ impl Rollout {
         let window = "actor_rollout_ref.rollout.max_model_len";
         checks.that(window, self.max_model_len != Some(0), "expected at least 1, or null");
         let val = &self.val_kwargs;
-        checks.at_least("actor_rollout_ref.rollout.val_kwargs.temperature", val.temperature, 0.0);
+        let fits = val.temperature == 0.0 || is_divisor(val.temperature);
+        let temperature = "actor_rollout_ref.rollout.val_kwargs.temperature";
+        checks.that(temperature, fits, format!("expected 0 (greedy), or {DIVISORS}"));
         checks.mass("actor_rollout_ref.rollout.val_kwargs.top_p", val.top_p);
         checks.top_k("actor_rollout_ref.rollout.val_kwargs.top_k", val.top_k);
     }

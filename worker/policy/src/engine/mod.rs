@@ -21,9 +21,9 @@ mod schedule;
 
 use std::collections::{BTreeMap, VecDeque};
 
-use agentfly_c10d::ops::{PAGE_TOKENS, is_divisor};
+use agentfly_c10d::ops::PAGE_TOKENS;
 use agentfly_common::ids::PolicyVersion;
-use agentfly_common::sampling::{Generation, SamplingParams, StopReason};
+use agentfly_common::sampling::{Generation, SamplingParams, StopReason, is_divisor};
 
 use crate::model::{Decoder, ModelConfig, ModelError};
 use cache::{PagePool, pages_for};

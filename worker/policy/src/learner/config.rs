@@ -1,6 +1,8 @@
 //! What a learner can be told. Defaults are verl's (`actor_rollout_ref.actor`); the worker fills it from the
 //! job's configuration.
 
+use agentfly_common::sampling::is_divisor;
+
 use super::aggregate::Aggregation;
 use super::error::LearnerError;
 use super::kl::{KlBase, KlEstimator};
@@ -141,8 +143,9 @@ impl LearnerConfig {
         rule("ppo_epochs", self.ppo_epochs, self.ppo_epochs > 0, "must be at least 1")?;
         let (MicroBatchLimit::Rows(micro) | MicroBatchLimit::Tokens(micro)) = self.micro_batch;
         rule("micro_batch", self.micro_batch, micro > 0, "must be at least 1")?;
-        let needed = "must be above 0: a greedy rollout has no gradient";
-        rule("temperature", self.temperature, positive(self.temperature), needed)?;
+        let needed =
+            "must be above 0, for a greedy rollout has no gradient, and its inverse a normal float32";
+        rule("temperature", self.temperature, is_divisor(self.temperature), needed)?;
         self.check_optimizer()
     }
 
@@ -198,5 +201,21 @@ fn rule(
     match holds {
         true => Ok(()),
         false => Err(LearnerError::Config { field, value: format!("{value:?}"), needed }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_temperatures_that_are_taken_are_those_the_kernels_divide_by() {
+        for temperature in
+            [0.0, -1.0, 1e-39, 2.9e-39, 3e-39, 0.7, 8.5e37, 8.6e37, 1e39, f64::INFINITY, f64::NAN]
+        {
+            let config = LearnerConfig { temperature, ..LearnerConfig::default() };
+            let divides = agentfly_c10d::ops::is_divisor(temperature);
+            assert_eq!(config.check().is_ok(), divides, "{temperature:e}");
+        }
     }
 }
