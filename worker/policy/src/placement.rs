@@ -92,6 +92,12 @@ pub fn computes_batch_invariantly(config: &ModelConfig, place: Place, precision:
     invariance::of_model(config, kind_of(precision), place.device())
 }
 
+/// The widths of a model, by their keys in `config.json`, for which it does not on any CPU in this precision.
+#[must_use]
+pub fn odd_widths(config: &ModelConfig, precision: Precision) -> Vec<(&'static str, i64)> {
+    invariance::odd_widths(config, kind_of(precision))
+}
+
 fn kind_of(precision: Precision) -> Kind {
     match precision {
         Precision::F32 => Kind::Float,
