@@ -7,6 +7,7 @@ Edges are models chosen by hand: extreme shapes, and configurations written in e
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
+MOST_SPREAD = 1.6
+"""Standard deviation of what a drawn matrix makes of a normed row."""
 POSITIONS = 1024
 """max_position_embeddings of the drawn models."""
 STORED = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -101,7 +104,9 @@ def draw(random: Random, family: str, tied: bool, scaled: bool) -> dict[str, Any
         "intermediate_size": random.randrange(16, 300),
         "vocab_size": random.randrange(50, 1200),
         "max_position_embeddings": POSITIONS,
-        "initializer_range": random.choice([0.02, 0.1, 0.2]),
+        # Up to where float32 can be held to the bound: with scores and logits that spread further, transformers' own
+        # float32 is more than the bound from its float64.
+        "initializer_range": min(random.choice([0.02, 0.1, 0.2]), MOST_SPREAD / math.sqrt(hidden)),
         "rms_norm_eps": random.choice([1e-5, 1e-6]),
         "tie_word_embeddings": tied,
         "eos_token_id": 1,

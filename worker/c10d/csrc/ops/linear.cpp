@@ -13,6 +13,8 @@ namespace {
 constexpr int64_t kCachedBytes = 384 << 10;
 // With fewer blocks a product of few rows takes halves of them: of nine blocks one of two threads would have five.
 constexpr int64_t kFewBlocks = 16;
+// Products of f32 that are summed in a row.
+constexpr int64_t kShortSum = 128;
 
 template <class T>
 AF_VECTORISED void pack_block(const T* w, int64_t count, int64_t k, T* out) {
@@ -50,10 +52,17 @@ AF_VECTORISED void finish_tile(const float* AF_RESTRICT sums, const float* AF_RE
 }
 
 // Sums of `rows` rows and `width` columns, kBlock apart. `ahead`, where it is not null, is laid out as the block and read next.
-template <class T>
-void sum_rows(const T* x, int64_t rows, int64_t width, int64_t k, const T* block, const T*, float* sums) {
+void sum_rows(const bf16* x, int64_t rows, int64_t width, int64_t k, const bf16* block, const bf16*, float* sums) {
   for (int64_t r = 0; r < rows; r += kBlock)
     gemm(std::min(kBlock, rows - r), width, k, k, kBlock, kBlock, false, x + r * k, block, sums + r * kBlock);
+}
+
+// In f32, where a sum's own rounding is all there is: short sums of products, and a sum of those, err less than one long sum.
+void sum_rows(const float* x, int64_t rows, int64_t width, int64_t k, const float* block, const float*, float* sums) {
+  for (int64_t r = 0; r < rows; r += kBlock)
+    for (int64_t first = 0; first < k; first += kShortSum)
+      gemm(std::min(kBlock, rows - r), width, std::min(kShortSum, k - first), k, kBlock, kBlock, first > 0,
+           x + r * k + first, block + first * kBlock, sums + r * kBlock);
 }
 
 // The same of rows in f32; a part of the weights is widened once for all of them.

@@ -173,7 +173,7 @@ impl Decoder {
             if config.tie_word_embeddings { EMBEDDING } else { "lm_head.weight" },
         )?;
         let final_norm = norm("model.norm.weight".to_owned())?;
-        let rope = Rope::new(&config, device);
+        let rope = Rope::new(&config, device)?;
         let decoder =
             Self { config, embedding, blocks, norm: final_norm, head, rope, kind, device, parameters };
         decoder.pack()?;

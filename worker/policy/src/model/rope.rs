@@ -7,6 +7,7 @@ use agentfly_common::model_dir::{ModelConfig, RopeScaling};
 use tch::{Device, Kind, Tensor};
 
 use super::error::ModelError;
+use super::host;
 
 /// The model's rotation frequencies.
 #[derive(Debug)]
@@ -23,9 +24,8 @@ pub(crate) struct Rotation {
 }
 
 impl Rope {
-    pub(crate) fn new(config: &ModelConfig, device: Device) -> Self {
-        let frequencies = inverse_frequencies(config);
-        Self { inverse_frequencies: Tensor::from_slice(&frequencies).to_device(device) }
+    pub(crate) fn new(config: &ModelConfig, device: Device) -> Result<Self, ModelError> {
+        Ok(Self { inverse_frequencies: inverse_frequencies(config)?.f_to_device(device)? })
     }
 
     /// The rotation of `positions`, `[N]`.
@@ -38,27 +38,30 @@ impl Rope {
     }
 }
 
-/// Radians per position of each pair of channels.
-fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
-    let dim = config.head_dim as f32;
-    let plain = (0..config.head_dim / 2).map(|i| 1.0 / (config.rope_theta as f32).powf((2 * i) as f32 / dim));
-    match &config.rope_scaling {
-        None => plain.collect(),
-        Some(scaling) => plain.map(|frequency| stretch(frequency, scaling)).collect(),
-    }
+/// Radians per position of each pair of channels, f32 on the CPU, by the operators that `transformers` calls: another
+/// power function's last bit, times a position in the hundreds, is an angle that shows in the logits.
+fn inverse_frequencies(config: &ModelConfig) -> Result<Tensor, ModelError> {
+    let channels = Tensor::f_arange_start_step(0, config.head_dim, 2, (Kind::Float, Device::Cpu))?;
+    let exponents = channels.f_div_scalar(config.head_dim)?;
+    let plain = Tensor::f_pow_scalar(config.rope_theta, &exponents)?.f_reciprocal()?;
+    let Some(scaling) = &config.rope_scaling else { return Ok(plain) };
+    let stretched: Vec<f32> =
+        host(&plain)?.into_iter().map(|frequency| stretch(frequency, scaling)).collect();
+    Ok(Tensor::from_slice(&stretched))
 }
 
 /// Llama 3.1's rule: long wavelengths are stretched by `factor`, short ones kept, those between blended.
 fn stretch(frequency: f32, scaling: &RopeScaling) -> f32 {
     let context = scaling.original_max_position_embeddings as f32;
     let (low, high) = (scaling.low_freq_factor as f32, scaling.high_freq_factor as f32);
-    let wavelength = 2.0 * std::f32::consts::PI / frequency;
+    // An inverse and a product, as libtorch divides a number by a tensor.
+    let wavelength = frequency.recip() * (2.0 * std::f32::consts::PI);
     if wavelength > context / low {
         frequency / scaling.factor as f32
     } else if wavelength < context / high {
         frequency
     } else {
-        let smooth = (context / wavelength - low) / (high - low);
+        let smooth = (wavelength.recip() * context - low) / (high - low);
         (1.0 - smooth) * frequency / scaling.factor as f32 + smooth * frequency
     }
 }
