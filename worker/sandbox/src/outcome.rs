@@ -37,7 +37,9 @@ pub struct Outcome {
     pub exit_code: Option<i32>,
     /// Wall-clock time from the request to the end, without the wait for a slot.
     pub seconds: f64,
-    /// Most memory seen beyond the warm image, in bytes: sampled over the tree, and exact for its largest process.
+    /// Most memory seen beyond the warm image, in bytes: the larger of the tree's anonymous and shared memory as sampled
+    /// and the kernel's highest count for its largest process, which includes the pages it touched of programs, libraries
+    /// and other mapped files. So it is never less than what one process held, however short it was.
     pub peak_bytes: u64,
     /// More was written than `stdout` and `stderr` hold.
     pub output_truncated: bool,

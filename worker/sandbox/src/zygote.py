@@ -372,6 +372,8 @@ control_socket = socket.socket(fileno=CONTROL)
 gc.collect()
 gc.freeze()
 IMAGE_ADDRESS_BYTES = kibibytes("/proc/self/status", "VmSize:")
-image_bytes = kibibytes("/proc/self/status", "VmRSS:")
+# Anonymous memory alone: each child starts with all of it, but with no more of the libraries' pages than it touches, and
+# how many of those are resident here depends on the page cache of the moment.
+image_bytes = kibibytes("/proc/self/status", "RssAnon:")
 control_socket.send(REPLY.pack(READY, 0, rights.version, image_bytes, 0))
 serve(control_socket, int(clone_number), rights, filters)

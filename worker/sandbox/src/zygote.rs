@@ -44,7 +44,7 @@ pub(crate) struct Zygote {
     keeper: Option<JoinHandle<()>>,
     /// Requests taken so far.
     served: AtomicU64,
-    /// Resident memory when it became ready, in bytes.
+    /// Anonymous memory when it became ready, in bytes: what each of its children starts with.
     pub(crate) image_bytes: u64,
     /// Landlock's version; below 1 there is none.
     pub(crate) landlock: i64,
