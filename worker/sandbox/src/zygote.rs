@@ -108,13 +108,21 @@ impl Zygote {
             calls.waiting.insert(request.call, sender);
         }
         self.served.fetch_add(1, Ordering::Relaxed);
-        request.send(self.process.socket.as_fd(), descriptors).inspect_err(|_| self.forget(request.call))?;
+        request.send(self.process.socket.as_fd(), descriptors).inspect_err(|_| self.retire(request.call))?;
         Ok((request.call, receiver))
     }
 
     /// Ends the interest in a call; its later events are dropped.
     pub(crate) fn forget(&self, call: u32) {
         lock(&self.calls).waiting.remove(&call);
+    }
+
+    /// Takes no further call after one that could not be sent: the caller learns of a zygote's end before its keeper may
+    /// have, and must not be given the same one again. Calls that run on it finish.
+    fn retire(&self, call: u32) {
+        let mut calls = lock(&self.calls);
+        calls.closed = true;
+        calls.waiting.remove(&call);
     }
 
     /// Ends it: for a zygote that does not answer.
