@@ -46,7 +46,7 @@ pub fn fetch_model(config: &mut Config) -> Outcome {
 pub fn check_model(config: &Config) -> Outcome<ModelDir> {
     let dir = &config.actor_rollout_ref.model.path;
     let model = ModelDir::inspect(dir).map_err(cannot_be_trained)?;
-    model.check_tokenizer().map_err(cannot_be_trained)?;
+    model.config.check_tokenizer(dir).map_err(cannot_be_trained)?;
     check_chat_template(config.agent.template.as_deref(), dir).map_err(cannot_be_trained)?;
     model.config.window(&config.actor_rollout_ref.rollout).map_err(Failure::operator)?;
     Ok(model)

@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 use super::error::ModelDirError;
 use super::json::{Reader, read_object};
 use super::rope::{self, RopeScaling};
+use super::tokenizer;
 
 /// More blocks than any model has: bounds the list of tensors that a damaged file can ask for.
 const MAX_LAYERS: i64 = 10_000;
@@ -211,6 +212,14 @@ impl ModelConfig {
             return Err(read.wrong("num_hidden_layers", &format!("at most {MAX_LAYERS}")));
         }
         Ok(config)
+    }
+
+    /// Checks that `tokenizer.json` in `dir` is a tokenizer whose ids all are in this model's vocabulary.
+    ///
+    /// # Errors
+    /// What is wrong with the file, or the token with the largest id.
+    pub fn check_tokenizer(&self, dir: &Path) -> Result<(), ModelDirError> {
+        tokenizer::check(dir, self.vocab)
     }
 
     /// The `config.json` that `transformers` reads back as this model.

@@ -59,12 +59,4 @@ impl ModelDir {
     pub fn weight_bytes(&self) -> u64 {
         self.tensors.iter().map(|tensor| tensor.bytes as u64).sum()
     }
-
-    /// Checks that `tokenizer.json` is a tokenizer whose ids all are in the model's vocabulary.
-    ///
-    /// # Errors
-    /// What is wrong with the file, or the token with the largest id.
-    pub fn check_tokenizer(&self) -> Result<(), ModelDirError> {
-        tokenizer::check(&self.path, self.config.vocab)
-    }
 }

@@ -333,7 +333,7 @@ fn a_tokenizer_with_ids_the_embedding_has_no_rows_for_is_refused() {
     let dir = directory(&tensors());
     let check = |text: &str| {
         std::fs::write(dir.path().join("tokenizer.json"), text).unwrap();
-        ModelDir::inspect(dir.path()).unwrap().check_tokenizer().map_err(|e| e.to_string())
+        ModelDir::inspect(dir.path()).unwrap().config.check_tokenizer(dir.path()).map_err(|e| e.to_string())
     };
     let added = |id: u32| {
         format!(r#"{{"model":{{"vocab":{{"a":0,"b":6}}}},"added_tokens":[{{"id":{id},"content":"<end>"}}]}}"#)
@@ -352,7 +352,7 @@ fn a_tokenizer_with_ids_the_embedding_has_no_rows_for_is_refused() {
     assert_says(&check(r#"{"model":{"vocab":{}}}"#).unwrap_err(), &["it has no tokens"]);
     assert_says(&check("<html>").unwrap_err(), &["tokenizer.json: is not JSON"]);
     std::fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
-    let missing = ModelDir::inspect(dir.path()).unwrap().check_tokenizer().unwrap_err().to_string();
+    let missing = ModelDir::inspect(dir.path()).unwrap().config.check_tokenizer(dir.path()).unwrap_err().to_string();
     assert_says(&missing, &["cannot open", "tokenizer.json"]);
 }
 

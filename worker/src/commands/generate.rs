@@ -101,7 +101,9 @@ fn sample(
     prompt_ids: &[u32],
     stop_ids: Vec<u32>,
 ) -> anyhow::Result<Generation> {
-    let trained = ModelConfig::from_dir(model)?.max_position_embeddings;
+    let config = ModelConfig::from_dir(model)?;
+    config.check_tokenizer(model)?;
+    let trained = config.max_position_embeddings;
     let trained = usize::try_from(trained).unwrap_or(usize::MAX);
     ensure!(
         prompt_ids.len() < trained,

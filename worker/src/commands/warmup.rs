@@ -74,7 +74,9 @@ pub fn run(args: &WarmupArgs) -> anyhow::Result<()> {
     let source = &local_model(given, want)?;
     let tokenizer = Arc::new(ChatTokenizer::from_dir(source)?);
     let template = ChatTemplate::new(Some(&args.template), tokenizer)?;
-    let window = ModelConfig::from_dir(source)?.max_position_embeddings;
+    let shape = ModelConfig::from_dir(source)?;
+    shape.check_tokenizer(source)?;
+    let window = shape.max_position_embeddings;
     let rows = read_demos(args, &template, usize::try_from(window).unwrap_or(usize::MAX))?;
     set_up(args.threads, Place::Cpu)?;
     let mut decoder = match want {
@@ -283,6 +285,23 @@ mod tests {
             assert!(!out.exists());
         }
         std::fs::remove_file(&demos).unwrap();
+    }
+
+    #[test]
+    fn a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused_before_the_demonstrations_are_read() {
+        let tiny = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/models/tiny"));
+        let shape = place("narrow");
+        std::fs::create_dir_all(&shape).unwrap();
+        for file in ["tokenizer.json", "tokenizer_config.json"] {
+            std::fs::copy(tiny.join(file), shape.join(file)).unwrap();
+        }
+        let text = std::fs::read_to_string(tiny.join("config.json")).unwrap();
+        let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+        config["vocab_size"] = 8.into();
+        std::fs::write(shape.join("config.json"), config.to_string()).unwrap();
+        let error = run(&args(shape.clone(), place("no-demos"), place("narrow-out"))).unwrap_err().to_string();
+        assert!(error.contains("has 8 rows (vocab_size in config.json)"), "{error}");
+        std::fs::remove_dir_all(&shape).unwrap();
     }
 
     #[test]
