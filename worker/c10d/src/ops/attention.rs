@@ -46,11 +46,14 @@ impl Heads {
 /// An error unless `starts` runs from 0 to `rows` without an empty sequence; the number of sequences.
 pub(super) fn sequences(operation: &'static str, starts: &[i64], rows: i64) -> Result<usize> {
     let count = starts.len().saturating_sub(1);
-    let sound = count > 0
-        && starts.first() == Some(&0)
-        && starts.last() == Some(&rows)
-        && starts.windows(2).all(|pair| pair[0] < pair[1]);
-    expect(operation, sound, || format!("starts {starts:?} of {rows} rows"))?;
+    let ends = (starts.first(), starts.last());
+    let sound = count > 0 && ends == (Some(&0), Some(&rows));
+    expect(operation, sound, || format!("{count} sequences from {ends:?} of {rows} rows, not from 0 to their end"))?;
+    let empty = starts.windows(2).position(|pair| pair[0] >= pair[1]);
+    expect(operation, empty.is_none(), || {
+        let s = empty.unwrap_or_default();
+        format!("sequence {s} is rows {} to {}: each must have one at least", starts[s], starts[s + 1])
+    })?;
     Ok(count)
 }
 
@@ -64,7 +67,9 @@ pub fn attention(qkv: &Tensor, packed: &Packed, heads: Heads) -> Result<Tensor> 
     let operation = "attention";
     let rows = heads.check(operation, qkv)?;
     let fits = rows == packed.rows() && qkv.device() == packed.device();
-    expect(operation, fits, || format!("{} in {packed:?}", shown(qkv)))?;
+    expect(operation, fits, || {
+        format!("{} in packed sequences of {} rows on {:?}", shown(qkv), packed.rows(), packed.device())
+    })?;
     // SAFETY: live tensors; the rows, heads and places fit each other.
     one(
         || format!("{operation} of {}", shown(qkv)),

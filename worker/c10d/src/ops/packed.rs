@@ -64,20 +64,26 @@ impl Packed {
     /// have as a whole; when memory is out.
     pub fn sharing(all: &[Sequence], rows: usize, device: Device) -> Result<Self> {
         let inside = |range: &Range<usize>| range.start <= range.end && range.end <= rows;
-        let sound = all.iter().all(|s| inside(&s.beginning) && inside(&s.rest) && !s.rest.is_empty());
-        expect(OPERATION, sound && !all.is_empty(), || format!("{all:?} of {rows} rows"))?;
+        expect(OPERATION, !all.is_empty(), || format!("no sequence of {rows} rows"))?;
+        for (s, Sequence { beginning, rest }) in all.iter().enumerate() {
+            let sound = inside(beginning) && inside(rest) && !rest.is_empty();
+            let told = || format!("sequence {s} is rows {beginning:?} and {rest:?} of {rows}");
+            expect(OPERATION, sound, told)?;
+        }
         let mut kept: Vec<Option<i64>> = Vec::new();
         let room = kept.try_reserve_exact(rows);
         expect(OPERATION, room.is_ok(), || format!("{rows} rows are more than memory holds"))?;
         kept.resize(rows, None);
         let (mut starts, mut of_token, mut skip) = (vec![0_i64], Vec::new(), Vec::new());
         let mut beginnings = HashSet::new();
-        for Sequence { beginning, rest } in all {
+        for (s, Sequence { beginning, rest }) in all.iter().enumerate() {
             let known = !beginnings.insert(beginning);
             skip.push(if known { beginning.len() as i64 } else { 0 });
             for (range, computed) in [(beginning, known), (rest, false)] {
                 let free = computed || kept[range.clone()].iter().all(Option::is_none);
-                expect(OPERATION, free, || format!("rows of {range:?} are several sequences' of {all:?}"))?;
+                expect(OPERATION, free, || {
+                    format!("rows {range:?} of sequence {s} are partly another's, too")
+                })?;
                 for row in range.clone() {
                     kept[row].get_or_insert(of_token.len() as i64);
                     of_token.push(row as i64);
@@ -85,9 +91,11 @@ impl Packed {
             }
             starts.push(of_token.len() as i64);
         }
-        let Some(kept) = kept.into_iter().collect::<Option<Vec<i64>>>() else {
-            return Err(Error::invalid(OPERATION, format!("some of {rows} rows are of none of {all:?}")));
-        };
+        if let Some(row) = kept.iter().position(Option::is_none) {
+            let told = format!("row {row} of {rows} is of none of {} sequences", all.len());
+            return Err(Error::invalid(OPERATION, told));
+        }
+        let kept: Vec<i64> = kept.into_iter().flatten().collect();
         let apart = of_token.iter().zip(0..).any(|(row, token)| *row != token);
         let shared = || {
             let (rows, kept) = (upload(&of_token, device)?, upload(&kept, device)?);

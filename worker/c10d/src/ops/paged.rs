@@ -155,7 +155,8 @@ pub(super) fn check<'a>(
     }
     let overwritten = full.into_iter().find(|p| written.contains(p));
     expect(operation, overwritten.is_none(), || {
-        format!("page {overwritten:?} is full and would be written to, in the tables {tables:?}")
+        let page = overwritten.unwrap_or_default();
+        format!("page {page} is full in one chain's table and would be written to in another's, of {count} chains")
     })?;
     Ok(all)
 }
