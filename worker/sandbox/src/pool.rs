@@ -199,7 +199,7 @@ fn recipe(
         uid,
         gid,
         steps: jail::plan(interpreter, ZYGOTE_SOURCE, uid, gid)?,
-        programs: seccomp::native()?.programs()?,
+        programs: seccomp::programs()?,
         arguments: arguments.into_iter().map(|a| c_string(a.to_owned())).collect::<Result<_, _>>()?,
         environment: environment
             .into_iter()

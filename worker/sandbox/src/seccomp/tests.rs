@@ -1,0 +1,175 @@
+//! The programs are run here as the kernel would run them, for both architectures.
+
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+use seccompiler::sock_filter;
+
+use super::*;
+
+const ARCHITECTURES: [TargetArch; 2] = [TargetArch::x86_64, TargetArch::aarch64];
+/// `AUDIT_ARCH_X86_64` and `AUDIT_ARCH_AARCH64` of linux/audit.h.
+const AUDIT: [u32; 2] = [0xC000_003E, 0xC000_00B7];
+const KILL_PROCESS: u32 = 0x8000_0000;
+const ALLOW: u32 = 0x7FFF_0000;
+const ERRNO: u32 = 0x0005_0000;
+
+/// The classic BPF of `seccomp(2)`, as far as such programs use it: the value that `struct seccomp_data` returns.
+fn verdict(program: &[sock_filter], audit: u32, call: u32, arguments: [u64; 6]) -> u32 {
+    let mut data = Vec::new();
+    data.extend(call.to_le_bytes());
+    data.extend(audit.to_le_bytes());
+    data.extend(0_u64.to_le_bytes()); // the instruction pointer
+    data.extend(arguments.iter().flat_map(|argument| argument.to_le_bytes()));
+    let word = |at: u32| u32::from_le_bytes(std::array::from_fn(|i| data[at as usize + i]));
+    let (mut at, mut accumulator) = (0, 0);
+    loop {
+        let now = &program[at];
+        at += 1;
+        let jump = |holds: bool| usize::from(if holds { now.jt } else { now.jf });
+        match now.code {
+            0x20 => accumulator = word(now.k), // LD W ABS
+            0x05 => at += now.k as usize,      // JMP JA
+            0x15 => at += jump(accumulator == now.k),
+            0x25 => at += jump(accumulator > now.k),
+            0x35 => at += jump(accumulator >= now.k),
+            0x54 => accumulator &= now.k,
+            0x06 => return now.k,
+            other => panic!("instruction {other:#x} is not one that this test knows"),
+        }
+    }
+}
+
+/// Of both programs the stricter answer counts: the one with the smaller number, apart from killing, which is the strictest.
+fn answer(place: usize, call: i64, arguments: [u64; 6]) -> u32 {
+    let programs = compiled(ARCHITECTURES[place]).expect("compiles");
+    let call = u32::try_from(call).expect("a small number");
+    let all = programs.map(|program| verdict(&program, AUDIT[place], call, arguments));
+    let strict = |action: u32| (action & 0xFFFF_0000).cast_signed();
+    all.into_iter().min_by_key(|action| strict(*action)).expect("two programs")
+}
+
+fn refused(errno: i32) -> u32 {
+    ERRNO | errno.cast_unsigned()
+}
+
+/// Numbers on both architectures: arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
+#[rustfmt::skip]
+const DANGEROUS: &[(&str, i64, i64)] = &[
+    ("ptrace", 101, 117), ("bpf", 321, 280), ("mount", 165, 40), ("umount2", 166, 39), ("unshare", 272, 97),
+    ("setns", 308, 268), ("keyctl", 250, 219), ("add_key", 248, 217), ("userfaultfd", 323, 282),
+    ("io_uring_setup", 425, 425), ("io_uring_enter", 426, 426), ("memfd_create", 319, 279), ("memfd_secret", 447, 447),
+    ("shmget", 29, 194), ("shmat", 30, 196), ("msgget", 68, 186), ("semget", 64, 190), ("perf_event_open", 298, 241),
+    ("process_vm_readv", 310, 270), ("process_vm_writev", 311, 271), ("pidfd_getfd", 438, 438),
+    ("open_by_handle_at", 304, 265), ("pivot_root", 155, 41), ("chroot", 161, 51), ("personality", 135, 92),
+    ("init_module", 175, 105), ("finit_module", 313, 273), ("kexec_load", 246, 104), ("mknodat", 259, 33),
+    ("fsopen", 430, 430), ("move_mount", 429, 429), ("mount_setattr", 442, 442), ("seccomp", 317, 277),
+    ("setuid", 105, 146), ("setresuid", 117, 147), ("capset", 126, 91), ("reboot", 169, 142), ("swapon", 167, 224),
+    ("kcmp", 312, 272), ("quotactl", 179, 60), ("acct", 163, 89), ("clock_settime", 227, 112),
+    ("landlock_create_ruleset", 444, 444), ("execveat", 322, 281), ("process_madvise", 440, 440),
+];
+
+#[test]
+fn the_dangerous_calls_answer_eperm_on_both_architectures() {
+    for (name, x86_64, aarch64) in DANGEROUS {
+        for (place, call) in [x86_64, aarch64].into_iter().enumerate() {
+            assert_eq!(
+                answer(place, *call, [0; 6]),
+                refused(libc::EPERM),
+                "{name} on {:?}",
+                ARCHITECTURES[place]
+            );
+        }
+    }
+}
+
+#[test]
+fn what_python_needs_is_allowed_on_both_architectures() {
+    // read, write, openat, mmap, futex, execve, exit_group, getrandom, wait4, newfstatat
+    for (place, calls) in
+        [[0, 1, 257, 9, 202, 59, 231, 318, 61, 262], [63, 64, 56, 222, 98, 221, 94, 278, 260, 79]]
+            .iter()
+            .enumerate()
+    {
+        for call in calls {
+            assert_eq!(answer(place, *call, [7; 6]), ALLOW, "call {call} on {:?}", ARCHITECTURES[place]);
+        }
+    }
+}
+
+#[test]
+fn threads_may_be_made_and_namespaces_may_not() {
+    const THREAD: u64 = 0x3D_0F00; // as the C library clones one
+    for (place, clone) in [56, 220].into_iter().enumerate() {
+        for flags in [THREAD, libc::SIGCHLD as u64] {
+            assert_eq!(answer(place, clone, [flags, 0, 0, 0, 0, 0]), ALLOW);
+        }
+        for flag in [
+            libc::CLONE_NEWUSER,
+            libc::CLONE_NEWNS,
+            libc::CLONE_NEWPID,
+            libc::CLONE_NEWNET,
+            libc::CLONE_NEWIPC,
+            libc::CLONE_NEWUTS,
+            libc::CLONE_NEWCGROUP,
+            0x80, // CLONE_NEWTIME
+        ] {
+            let flags = u64::from(flag.cast_unsigned()) | 17;
+            assert_eq!(answer(place, clone, [flags, 0, 0, 0, 0, 0]), refused(libc::EPERM), "{flag:#x}");
+        }
+        assert_eq!(answer(place, 435, [0; 6]), refused(libc::ENOSYS), "clone3");
+    }
+}
+
+#[test]
+fn sockets_are_local_alone() {
+    for (place, calls) in [[41, 53], [198, 199]].into_iter().enumerate() {
+        for call in calls {
+            for family in 0..64_u64 {
+                let allowed = family == u64::from(libc::AF_UNIX.cast_unsigned());
+                let expected = if allowed { ALLOW } else { refused(libc::EPERM) };
+                assert_eq!(answer(place, call, [family, 1, 0, 0, 0, 0]), expected, "family {family}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_terminal_cannot_be_written_to_by_its_ioctls() {
+    const TIOCSTI: u64 = 0x5412;
+    for (place, ioctl) in [16, 29].into_iter().enumerate() {
+        assert_eq!(answer(place, ioctl, [0, 0x5413, 0, 0, 0, 0]), ALLOW, "the size of a window");
+        assert_eq!(answer(place, ioctl, [0, TIOCSTI, 0, 0, 0, 0]), refused(libc::EPERM));
+    }
+}
+
+#[test]
+fn another_architecture_s_calls_end_the_process() {
+    for (place, other) in [(0, AUDIT[1]), (0, 0x4000_0003), (1, AUDIT[0]), (1, 0x4000_0028)] {
+        for program in compiled(ARCHITECTURES[place]).expect("compiles") {
+            assert_eq!(verdict(&program, other, 0, [0; 6]), KILL_PROCESS, "{other:#x}");
+        }
+    }
+}
+
+#[test]
+fn no_call_is_named_twice() {
+    let all: Vec<_> = table::EVERYWHERE.iter().chain(table::X86_64_ALONE).collect();
+    assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
+}
+
+#[test]
+fn both_programs_fit_the_kernel_s_bound_of_4096_instructions() {
+    for program in ARCHITECTURES.into_iter().flat_map(|arch| compiled(arch).expect("compiles")) {
+        assert!((2..=4096).contains(&program.len()));
+    }
+}
+
+proptest! {
+    /// x32's numbers, those of calls to come, and any arguments.
+    #[test]
+    fn a_number_that_nobody_named_is_refused(call in 470_u32.., place in 0..2_usize, arguments: [u64; 6]) {
+        let [_, allowed] = compiled(ARCHITECTURES[place]).expect("compiles");
+        prop_assert_eq!(verdict(&allowed, AUDIT[place], call, arguments), refused(libc::EPERM));
+    }
+}
