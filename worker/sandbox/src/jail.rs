@@ -21,6 +21,12 @@ use crate::interpreter::Interpreter;
 
 /// Where the zygote's program lies in the jail.
 pub(crate) const ZYGOTE: &str = "/opt/agentfly/zygote.py";
+const PROGRAMS: [(&str, &str); 4] = [
+    (ZYGOTE, include_str!("python/zygote.py")),
+    ("/opt/agentfly/isolation.py", include_str!("python/isolation.py")),
+    ("/opt/agentfly/script.py", include_str!("python/script.py")),
+    ("/opt/agentfly/session.py", include_str!("python/session.py")),
+];
 
 /// Where the host's tree and the future root are while the jail is being built.
 const HOST: &str = "/host";
@@ -82,12 +88,7 @@ pub(crate) enum Step {
 ///
 /// # Errors
 /// [`SandboxError::Config`] if a path holds a NUL byte.
-pub(crate) fn plan(
-    interpreter: &Interpreter,
-    zygote: &str,
-    uid: u32,
-    gid: u32,
-) -> Result<Vec<Step>, SandboxError> {
+pub(crate) fn plan(interpreter: &Interpreter, uid: u32, gid: u32) -> Result<Vec<Step>, SandboxError> {
     let mut plan = Plan { steps: vec![Step::PrivateMounts] };
     plan.tmpfs("/tmp", "mode=0755,size=2m")?;
     plan.push(Step::Enter { directory: c("/tmp")? });
@@ -121,7 +122,9 @@ pub(crate) fn plan(
     plan.file("/etc/passwd", format!("sandbox:x:{uid}:{gid}::/tmp:/bin/sh\n").as_bytes())?;
     plan.file("/etc/group", format!("sandbox:x:{gid}:\n").as_bytes())?;
     plan.file("/etc/hosts", b"127.0.0.1 localhost\n")?;
-    plan.file(ZYGOTE, zygote.as_bytes())?;
+    for (at, source) in PROGRAMS {
+        plan.file(at, source.as_bytes())?;
+    }
     plan.push(Step::Proc { at: c(format!("{ROOT}/proc"))? });
     plan.push(Step::Enter { directory: c(ROOT)? });
     plan.push(Step::Pivot { new: c(".")?, old: c(".")? });
@@ -292,7 +295,7 @@ mod tests {
     fn every_bound_directory_is_made_read_only_at_once() {
         let mut interpreter = system_python();
         interpreter.binds.push((PathBuf::from("/srv/python/lib"), "/opt/python/lib".into()));
-        let steps = plan(&interpreter, "pass", 65534, 65534).expect("plans");
+        let steps = plan(&interpreter, 65534, 65534).expect("plans");
         for (index, step) in steps.iter().enumerate() {
             let Step::Bind { at, .. } = step else { continue };
             if at.to_string_lossy().starts_with("/root/dev/") {
@@ -308,7 +311,7 @@ mod tests {
 
     #[test]
     fn nothing_of_the_host_is_bound_beyond_the_system_and_the_interpreter() {
-        let steps = plan(&system_python(), "pass", 65534, 65534).expect("plans");
+        let steps = plan(&system_python(), 65534, 65534).expect("plans");
         for step in &steps {
             let Step::Bind { from, .. } = step else { continue };
             let from = from.to_string_lossy();

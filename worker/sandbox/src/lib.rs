@@ -35,11 +35,19 @@
 //! word: a program that checks answers should be run as a snippet of its own, never inside the one it checks.
 //! On a kernel without Landlock the layers below still stand, and a warning is logged.
 //!
+//! # Sessions
+//!
+//! [`Sandbox::turn`] runs a snippet as the next turn of a session: it finds the variables of the turns before it, and one
+//! that fails or is ended leaves them as they were. A session is one trajectory's; its state is its author's word as much
+//! as a snippet's result is.
+//!
 //! # Layers
 //!
-//! `pool` (slots, zygotes, retries) → `supervise` (one snippet: time, memory, output) → `zygote` + `protocol` (the warm
-//! process and its messages) → `spawn` + `jail` (namespaces, file system, user) → `zygote.py` (per snippet: namespaces,
-//! limits, Landlock, `seccomp`'s programs, then the code). `probe` names the [`Tier`]; a node with none is refused.
+//! `pool` (slots, zygotes, retries) → `supervise` (one snippet: time, memory, output) or `sessions` (which session) +
+//! `session` (one turn) → `zygote` + `protocol` (the warm process and its messages) → `spawn` + `jail` (namespaces, file
+//! system, user) → `python/zygote.py` (forks) → `python/isolation.py` (namespaces, limits, Landlock, `seccomp`'s programs)
+//! → `python/script.py` (the code), in a session by way of `python/session.py`. `probe` names the [`Tier`]; a node with
+//! none is refused.
 
 mod capture;
 mod error;
@@ -52,6 +60,8 @@ mod probe;
 mod protocol;
 mod queue;
 mod seccomp;
+mod session;
+mod sessions;
 mod spawn;
 mod supervise;
 mod usage;
@@ -60,5 +70,5 @@ mod zygote;
 pub use error::SandboxError;
 pub use limits::{Limits, SandboxConfig};
 pub use outcome::{Outcome, Status, run_json};
-pub use pool::{Sandbox, Snippet};
+pub use pool::{Sandbox, Snippet, Turn};
 pub use probe::Tier;

@@ -94,6 +94,12 @@ pub struct SandboxConfig {
     pub restart_after: u64,
     /// How long a call may wait for a free slot.
     pub queue_timeout: Duration,
+    /// Print the value of a last line that is an expression, as at a prompt.
+    pub echo_last: bool,
+    /// Sessions that are kept between their turns; beyond that the least recently used lose their state.
+    pub idle_sessions: usize,
+    /// Memory that they may hold together, in bytes, beyond the warm image.
+    pub idle_session_bytes: u64,
 }
 
 impl SandboxConfig {
@@ -107,6 +113,9 @@ impl SandboxConfig {
             preload: vec!["numpy".into(), "sympy".into()],
             restart_after: 5_000,
             queue_timeout: Duration::from_secs(120),
+            echo_last: false,
+            idle_sessions: 256,
+            idle_session_bytes: 2048 * MIB,
         }
     }
 

@@ -15,15 +15,16 @@ use crate::jail;
 use crate::limits::{Limits, SandboxConfig};
 use crate::outcome::{Outcome, Status};
 use crate::probe::{self, Tier};
-use crate::queue::Queue;
+use crate::queue::{Queue, Slot};
 use crate::seccomp;
+use crate::session::{Ended, Gone, Session};
+use crate::sessions::{Found, Sessions};
 use crate::spawn::Recipe;
 use crate::supervise::{self, Fault};
 use crate::usage;
 use crate::zygote::Zygote;
 
 const SLOTS_PER_ZYGOTE: usize = 4;
-const ZYGOTE_SOURCE: &str = include_str!("zygote.py");
 
 /// A program to run.
 #[derive(Clone, Debug)]
@@ -46,7 +47,21 @@ pub struct Sandbox {
     config: SandboxConfig,
     tier: Tier,
     queue: Queue,
+    /// Dropped before the zygotes that they came from.
+    sessions: Sessions<Session>,
     places: Vec<Mutex<Place>>,
+}
+
+/// The end of a session's turn.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Turn {
+    /// What became of the code.
+    pub outcome: Outcome,
+    /// The variables are what the code made of them. False where it failed or was ended: they are what they were before;
+    /// also where it ended its own process by exit code 0 (`os._exit(0)`).
+    pub kept: bool,
+    /// Before this turn the state of earlier ones was lost: dropped for room, or with the processes that held it.
+    pub restarted: bool,
 }
 
 impl std::fmt::Debug for Sandbox {
@@ -76,7 +91,13 @@ impl Sandbox {
                 }))
             })
             .collect::<Result<Vec<_>, SandboxError>>()?;
-        let sandbox = Self { queue: Queue::new(config.slots), config, tier, places };
+        let sandbox = Self {
+            queue: Queue::new(config.slots),
+            sessions: Sessions::new(config.idle_sessions, config.idle_session_bytes),
+            config,
+            tier,
+            places,
+        };
         let started = Instant::now();
         let landlock = sandbox.prove().map_err(|error| probe::explain(tier, error))?;
         if landlock < 1 {
@@ -101,18 +122,86 @@ impl Sandbox {
     /// # Errors
     /// Only for faults of the sandbox. Whatever the snippet does is an [`Outcome`].
     pub fn run(&self, snippet: &Snippet<'_>) -> Result<Outcome, SandboxError> {
+        let limits = self.limits(snippet)?;
+        let slot = self.slot()?;
+        self.on_a_zygote(slot.number, |zygote| {
+            supervise::run(&zygote, snippet.code, snippet.seed, self.config.echo_last, limits)
+        })
+    }
+
+    /// Runs a snippet as the next turn of the session of this name, which begins with its first turn: it finds the
+    /// variables and the `/tmp` that the turns before it left. The seed and the limits of memory, tasks, files and `/tmp` are
+    /// those of the first. A turn that fails or is ended leaves the variables as they were; `/tmp` is not taken back.
+    /// Threads and processes end with their turn.
+    ///
+    /// # Errors
+    /// Only for faults of the sandbox, and when another turn of the session runs for longer than `queue_timeout`.
+    pub fn turn(&self, session: &str, snippet: &Snippet<'_>) -> Result<Turn, SandboxError> {
+        let limits = self.limits(snippet)?;
+        let found = self.sessions.take(session, self.config.queue_timeout).ok_or_else(|| {
+            SandboxError::Setup(format!(
+                "another turn of session {session:?} runs for longer than {:?} (queue_timeout)",
+                self.config.queue_timeout
+            ))
+        })?;
+        let left = match found {
+            Found::Session(existing) => Found::Session((existing, 0)),
+            Found::Lost => Found::Lost,
+            Found::Nothing => Found::Nothing,
+        };
+        let mut place = Turning { sessions: &self.sessions, name: session, left };
+        let slot = self.slot()?;
+        // From here on the state is what the turn leaves.
+        let found = std::mem::replace(&mut place.left, Found::Lost);
+        let mut restarted = matches!(found, Found::Lost);
+        if let Found::Session((mut existing, _)) = found {
+            match existing.turn(snippet.code, self.config.echo_last, limits) {
+                Ok(ended) => return place.end(existing, ended, false),
+                Err(Gone) => restarted = true,
+            }
+        }
+        let mut fresh =
+            self.on_a_zygote(slot.number, |zygote| Session::begin(zygote, snippet.seed, limits))?;
+        match fresh.turn(snippet.code, self.config.echo_last, limits) {
+            Ok(ended) => place.end(fresh, ended, restarted),
+            Err(Gone) => Err(SandboxError::ZygoteLost),
+        }
+    }
+
+    /// Ends a session and everything in it; a turn that runs is waited for by whoever asked for it. A name that is not
+    /// known is no error.
+    pub fn end_session(&self, session: &str) {
+        drop(self.sessions.end(session));
+    }
+
+    /// Sessions that wait for their next turn.
+    #[must_use]
+    pub fn idle_sessions(&self) -> usize {
+        self.sessions.idle()
+    }
+
+    fn limits<'a>(&'a self, snippet: &'a Snippet<'_>) -> Result<&'a Limits, SandboxError> {
         let limits = snippet.limits.as_ref().unwrap_or(&self.config.limits);
-        limits.check()?;
+        limits.check().map(|()| limits)
+    }
+
+    fn slot(&self) -> Result<Slot<'_>, SandboxError> {
         let asked = Instant::now();
-        let slot = self
-            .queue
+        self.queue
             .take(self.config.queue_timeout)
-            .ok_or_else(|| SandboxError::Busy { slots: self.config.slots, waited: asked.elapsed() })?;
-        // A zygote may end between being chosen and being asked; a fresh one that ends at once is a fault.
+            .ok_or_else(|| SandboxError::Busy { slots: self.config.slots, waited: asked.elapsed() })
+    }
+
+    /// Does something with the zygote of a slot, and once more if that zygote had ended: one may end between being chosen
+    /// and being asked; a fresh one that ends at once is a fault.
+    fn on_a_zygote<T>(
+        &self,
+        slot: usize,
+        work: impl Fn(Arc<Zygote>) -> Result<T, Fault>,
+    ) -> Result<T, SandboxError> {
         for _ in 0..2 {
-            let zygote = self.zygote(slot.number)?;
-            match supervise::run(&zygote, snippet.code, snippet.seed, limits) {
-                Ok(outcome) => return Ok(outcome),
+            match work(self.zygote(slot)?) {
+                Ok(done) => return Ok(done),
                 Err(Fault::NotStarted) => tracing::warn!("a sandbox zygote had ended; starting a fresh one"),
                 Err(Fault::Sandbox(error)) => return Err(error),
             }
@@ -164,6 +253,36 @@ impl Sandbox {
     }
 }
 
+/// A turn in the table of sessions, which it leaves however it ends here.
+struct Turning<'a> {
+    sessions: &'a Sessions<Session>,
+    name: &'a str,
+    /// What the next turn shall find.
+    left: Found<(Session, u64)>,
+}
+
+impl Turning<'_> {
+    fn end(
+        &mut self,
+        session: Session,
+        ended: Result<Ended, SandboxError>,
+        restarted: bool,
+    ) -> Result<Turn, SandboxError> {
+        let Ended { outcome, kept, alive } = ended?;
+        if alive {
+            let bytes = session.resident_bytes();
+            self.left = Found::Session((session, bytes));
+        }
+        Ok(Turn { outcome, kept, restarted })
+    }
+}
+
+impl Drop for Turning<'_> {
+    fn drop(&mut self) {
+        drop(self.sessions.put(self.name, std::mem::replace(&mut self.left, Found::Lost)));
+    }
+}
+
 /// Everything that makes the `index`-th zygote.
 fn recipe(
     config: &SandboxConfig,
@@ -198,7 +317,7 @@ fn recipe(
         tier,
         uid,
         gid,
-        steps: jail::plan(interpreter, ZYGOTE_SOURCE, uid, gid)?,
+        steps: jail::plan(interpreter, uid, gid)?,
         programs: seccomp::programs()?,
         arguments: arguments.into_iter().map(|a| c_string(a.to_owned())).collect::<Result<_, _>>()?,
         environment: environment

@@ -1,6 +1,7 @@
-//! Messages between the supervisor and a zygote: fixed little-endian records over a SEQPACKET socket.
+//! Messages between the supervisor and a zygote, or a session's first process: fixed little-endian records over a
+//! SEQPACKET socket.
 //!
-//! The other end is `zygote.py`. A snippet's process never holds this socket while code of the snippet runs, so
+//! The other end is `python/zygote.py` or `python/session.py`. A snippet's process never holds this socket while code of the snippet runs, so
 //! everything that arrives here was written by trusted code; it is checked all the same, and a message that makes no
 //! sense is an error, never a panic.
 
@@ -22,6 +23,8 @@ const READY: u32 = 1;
 const SPAWNED: u32 = 2;
 const EXITED: u32 = 3;
 const FAULT: u32 = 4;
+const BEGUN: u32 = 5;
+const TURN_ENDED: u32 = 6;
 
 /// "Fork and run": sent with the descriptors of the code, standard output and standard error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +37,14 @@ pub(crate) struct Request {
     pub(crate) tmp_bytes: u64,
     pub(crate) file_bytes: u64,
     pub(crate) open_files: u32,
+    /// [`SESSION`] and [`ECHO`].
+    pub(crate) flags: u32,
 }
+
+/// Begin a session instead of running a snippet.
+pub(crate) const SESSION: u32 = 1;
+/// Print the value of a last line that is an expression.
+pub(crate) const ECHO: u32 = 2;
 
 impl Request {
     fn encode(&self) -> [u8; REQUEST_BYTES] {
@@ -44,25 +54,53 @@ impl Request {
             .concat()
             .into_iter()
             .chain(words.into_iter().flat_map(u64::to_le_bytes))
-            .chain(self.open_files.to_le_bytes());
+            .chain(self.open_files.to_le_bytes())
+            .chain(self.flags.to_le_bytes());
         for (place, byte) in bytes.iter_mut().zip(fields) {
             *place = byte;
         }
         bytes
     }
 
-    /// Sends the request with its three descriptors.
-    pub(crate) fn send(&self, socket: BorrowedFd<'_>, descriptors: &[BorrowedFd<'_>; 3]) -> io::Result<()> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
-        let bytes = self.encode();
-        rustix::net::sendmsg(socket, &[IoSlice::new(&bytes)], &mut ancillary, SendFlags::NOSIGNAL)?;
-        Ok(())
+    /// Sends the request with its descriptors: those of the code, standard output and standard error, or the socket of a
+    /// session.
+    pub(crate) fn send(&self, socket: BorrowedFd<'_>, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        send(socket, &self.encode(), descriptors)
     }
 }
 
-/// What a zygote reports. `call` is the request's number.
+/// Sends a message with at most three descriptors.
+fn send(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// What a session's first process is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Run a turn: sent with the descriptors of the code, standard output and standard error.
+    Turn { echo: bool },
+    /// End the turn that runs.
+    EndTurn,
+}
+
+impl Order {
+    /// Sends the order.
+    pub(crate) fn send(self, socket: BorrowedFd<'_>, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let (kind, flags): (u32, u32) = match self {
+            Self::Turn { echo } => (1, if echo { ECHO } else { 0 }),
+            Self::EndTurn => (2, 0),
+        };
+        send(socket, &[kind.to_le_bytes(), flags.to_le_bytes()].concat(), descriptors)
+    }
+}
+
+/// What a zygote reports, or a session. `call` is the request's number.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Reply {
     /// Warm and waiting.
@@ -71,6 +109,10 @@ pub(crate) enum Reply {
     Spawned { call: u32 },
     /// The child and its whole pid namespace are gone.
     Exited { call: u32, wait_status: i32, max_rss_bytes: u64, cpu_microseconds: u64 },
+    /// A session waits for its first turn.
+    Begun,
+    /// A turn has ended, and `kept` says whether its state is the session's now.
+    TurnEnded { turn: u32, wait_status: i32, max_rss_bytes: u64, kept: bool },
     /// The child was not made, or could not isolate itself and ended before running the snippet.
     Fault { call: u32, text: String },
 }
@@ -89,6 +131,13 @@ impl Reply {
                 wait_status: i32::try_from(number).map_err(|_| bad(bytes.len()))?,
                 max_rss_bytes: word(16),
                 cpu_microseconds: word(24),
+            }),
+            BEGUN => Ok(Self::Begun),
+            TURN_ENDED => Ok(Self::TurnEnded {
+                turn: call,
+                wait_status: i32::try_from(number).map_err(|_| bad(bytes.len()))?,
+                max_rss_bytes: word(16),
+                kept: word(24) != 0,
             }),
             FAULT => Ok(Self::Fault { call, text: String::from_utf8_lossy(text).into_owned() }),
             _ => Err(bad(bytes.len())),
@@ -152,7 +201,7 @@ mod tests {
 
     #[test]
     fn a_request_has_the_layout_that_the_zygote_unpacks() {
-        // struct.pack("<IIQQQQQII", 1, 2, 3, 4, 5, 6, 7, 8, 0)
+        // struct.pack("<IIQQQQQII", 1, 2, 3, 4, 5, 6, 7, 8, 9)
         let request = Request {
             call: 1,
             tasks: 2,
@@ -162,10 +211,11 @@ mod tests {
             tmp_bytes: 6,
             file_bytes: 7,
             open_files: 8,
+            flags: 9,
         };
         let bytes = request.encode();
         let nonzero: Vec<_> =
             bytes.iter().enumerate().filter(|(_, b)| **b != 0).map(|(i, b)| (i, *b)).collect();
-        assert_eq!(nonzero, [(0, 1), (4, 2), (8, 3), (16, 4), (24, 5), (32, 6), (40, 7), (48, 8)]);
+        assert_eq!(nonzero, [(0, 1), (4, 2), (8, 3), (16, 4), (24, 5), (32, 6), (40, 7), (48, 8), (52, 9)]);
     }
 }

@@ -4,7 +4,7 @@
 //! snippet does, this function returns, at the latest its wall limit and [`END_DEADLINE`] after the start.
 
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -16,15 +16,15 @@ use crate::capture::Capture;
 use crate::error::{SandboxError, system};
 use crate::limits::Limits;
 use crate::outcome::{Outcome, Status, text_of};
-use crate::protocol::{Reply, Request};
+use crate::protocol::{ECHO, Reply, Request};
 use crate::spawn::memory_file;
 use crate::usage::Watcher;
 use crate::zygote::{Event, Zygote};
 
 /// A fork takes milliseconds; the zygote serves few slots.
-const SPAWN_DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const SPAWN_DEADLINE: Duration = Duration::from_secs(20);
 /// From SIGKILL, or from the process's end, to the zygote's report.
-const END_DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const END_DEADLINE: Duration = Duration::from_secs(20);
 const FIRST_SAMPLE: Duration = Duration::from_millis(20);
 const SAMPLE_EVERY: Duration = Duration::from_millis(50);
 
@@ -43,21 +43,52 @@ impl From<SandboxError> for Fault {
     }
 }
 
-/// How the process ended, as the zygote saw it.
-struct End {
-    wait_status: i32,
-    max_rss_bytes: u64,
-    cpu_microseconds: u64,
+/// How the process ended, as the zygote saw it, or how a turn did, as its session's first process saw it.
+pub(crate) struct End {
+    pub(crate) wait_status: i32,
+    pub(crate) max_rss_bytes: u64,
+    pub(crate) cpu_microseconds: u64,
 }
 
 /// Runs `code` with `limits`, which have been checked.
-pub(crate) fn run(zygote: &Zygote, code: &str, seed: u64, limits: &Limits) -> Result<Outcome, Fault> {
+pub(crate) fn run(
+    zygote: &Zygote,
+    code: &str,
+    seed: u64,
+    echo: bool,
+    limits: &Limits,
+) -> Result<Outcome, Fault> {
     let start = Instant::now();
     let (mut capture, [stdout, stderr]) = Capture::new(limits.output_bytes)?;
+    let code = sealed(code)?;
+    let request = request(limits, seed, if echo { ECHO } else { 0 });
+    let descriptors = [code.as_fd(), stdout.as_fd(), stderr.as_fd()];
+    let (call, events) = zygote.submit(request, &descriptors).map_err(|_| Fault::NotStarted)?;
+    let _forget = Forget { zygote, call };
+    drop((stdout, stderr, code)); // the child holds the only writing ends, so that its end is theirs
+    let process = wait_for_process(zygote, &events)?;
+    let mut watcher = Watcher::new(host_process_id(&process)?, limits, zygote.image_bytes);
+    let kill = || {
+        // Process 1 of its pid namespace: everything in there ends with it. It may have ended just now.
+        let _ = rustix::process::pidfd_send_signal(&process, Signal::KILL);
+    };
+    let ended_by = watch(process.as_fd(), &kill, &mut capture, &mut watcher, limits)?;
+    capture.drain();
+    let end = wait_for_end(zygote, &events)?;
+    Ok(outcome_of(capture, &end, ended_by, limits, watcher.peak_bytes, zygote.image_bytes, start))
+}
+
+/// The code as a file that nobody can change.
+pub(crate) fn sealed(code: &str) -> Result<fs::File, SandboxError> {
     let code = memory_file(c"code", code.as_bytes())?;
     let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
     rustix::fs::fcntl_add_seals(&code, seals).map_err(system("sealing the code"))?;
-    let request = Request {
+    Ok(code)
+}
+
+/// What a zygote is asked; it gets its number when it is sent.
+pub(crate) fn request(limits: &Limits, seed: u64, flags: u32) -> Request {
+    Request {
         call: 0,
         tasks: limits.tasks,
         seed,
@@ -66,17 +97,8 @@ pub(crate) fn run(zygote: &Zygote, code: &str, seed: u64, limits: &Limits) -> Re
         tmp_bytes: limits.tmp_bytes,
         file_bytes: limits.file_bytes,
         open_files: limits.open_files,
-    };
-    let descriptors = [code.as_fd(), stdout.as_fd(), stderr.as_fd()];
-    let (call, events) = zygote.submit(request, &descriptors).map_err(|_| Fault::NotStarted)?;
-    let _forget = Forget { zygote, call };
-    drop((stdout, stderr, code)); // the child holds the only writing ends, so that its end is theirs
-    let process = wait_for_process(zygote, &events)?;
-    let mut watcher = Watcher::new(host_process_id(&process)?, limits, zygote.image_bytes);
-    let ended_by = watch(&process, &mut capture, &mut watcher, limits)?;
-    capture.drain();
-    let end = wait_for_end(zygote, &events)?;
-    Ok(outcome_of(capture, &end, ended_by, limits, watcher.peak_bytes, zygote.image_bytes, start))
+        flags,
+    }
 }
 
 /// Tells the zygote's keeper that nobody waits any more.
@@ -96,7 +118,7 @@ fn kernel_cpu_seconds(limits: &Limits) -> u64 {
     limits.cpu.as_secs().saturating_add(2)
 }
 
-fn wait_for_process(zygote: &Zygote, events: &Receiver<Event>) -> Result<OwnedFd, Fault> {
+pub(crate) fn wait_for_process(zygote: &Zygote, events: &Receiver<Event>) -> Result<OwnedFd, Fault> {
     match events.recv_timeout(SPAWN_DEADLINE) {
         Ok((Reply::Spawned { .. }, Some(process))) => Ok(process),
         Ok((Reply::Fault { text, .. }, _)) => Err(SandboxError::Setup(text).into()),
@@ -116,16 +138,18 @@ fn wait_for_process(zygote: &Zygote, events: &Receiver<Event>) -> Result<OwnedFd
 }
 
 /// The number that the host's `/proc` knows the process by; 0 if it has ended already.
-fn host_process_id(process: &OwnedFd) -> Result<i32, SandboxError> {
+pub(crate) fn host_process_id(process: &OwnedFd) -> Result<i32, SandboxError> {
     let path = format!("/proc/self/fdinfo/{}", process.as_raw_fd());
     let text = fs::read_to_string(&path).map_err(system("reading the process's id"))?;
     let id = text.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse::<i32>().ok());
     Ok(id.unwrap_or(0).max(0))
 }
 
-/// Polls until the process has ended. Returns the limit that ended it, if one did.
-fn watch(
-    process: &OwnedFd,
+/// Polls until `ended` is readable, as the descriptor of a process is at its end. Returns the limit for which it was
+/// killed, if it was.
+pub(crate) fn watch(
+    ended: BorrowedFd<'_>,
+    kill: &dyn Fn(),
     capture: &mut Capture,
     watcher: &mut Watcher,
     limits: &Limits,
@@ -135,7 +159,7 @@ fn watch(
     let mut next_sample = start + FIRST_SAMPLE;
     loop {
         let until = if ended_by.is_some() { deadline } else { deadline.min(next_sample) };
-        if wait_for_any(process, capture, until)? {
+        if wait_for_any(ended, capture, until)? {
             return Ok(ended_by);
         }
         capture.drain();
@@ -157,18 +181,17 @@ fn watch(
             ended_by = watcher.over_limit();
         }
         if ended_by.is_some() {
-            // Process 1 of its pid namespace: everything in there ends with it. It may have ended just now.
-            let _ = rustix::process::pidfd_send_signal(process, Signal::KILL);
+            kill();
             deadline = now + END_DEADLINE;
         }
     }
 }
 
-/// Waits for output, for the process's end or for a moment. True if the process has ended.
-fn wait_for_any(process: &OwnedFd, capture: &Capture, until: Instant) -> Result<bool, SandboxError> {
+/// Waits for output, for the end or for a moment. True at the end.
+fn wait_for_any(ended: BorrowedFd<'_>, capture: &Capture, until: Instant) -> Result<bool, SandboxError> {
     let left = until.saturating_duration_since(Instant::now());
     let timeout = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
-    let mut polled = vec![PollFd::new(process, PollFlags::IN)];
+    let mut polled = vec![PollFd::from_borrowed_fd(ended, PollFlags::IN)];
     if !capture.truncated {
         polled.extend(capture.polled());
     }
@@ -176,7 +199,7 @@ fn wait_for_any(process: &OwnedFd, capture: &Capture, until: Instant) -> Result<
         Ok(_) | Err(rustix::io::Errno::INTR) => {}
         Err(errno) => return Err(system("watching a snippet")(errno)),
     }
-    Ok(polled.first().is_some_and(|process| !process.revents().is_empty()))
+    Ok(polled.first().is_some_and(|ended| !ended.revents().is_empty()))
 }
 
 fn wait_for_end(zygote: &Zygote, events: &Receiver<Event>) -> Result<End, SandboxError> {
@@ -196,7 +219,7 @@ fn wait_for_end(zygote: &Zygote, events: &Receiver<Event>) -> Result<End, Sandbo
     }
 }
 
-fn outcome_of(
+pub(crate) fn outcome_of(
     capture: Capture,
     end: &End,
     ended_by: Option<Status>,

@@ -21,6 +21,8 @@ pub(crate) struct Watcher {
     cpu_limit: Duration,
     /// Anonymous memory of the zygote, which each process of the tree starts with.
     image_bytes: u64,
+    /// CPU time that the tree had used before: by the earlier turns of a session.
+    used_before: Duration,
     /// Most memory seen, in bytes, without the pages of the warm image.
     pub(crate) peak_bytes: u64,
 }
@@ -29,16 +31,14 @@ impl Watcher {
     /// Watches the tree below the process `root` (a host process id).
     pub(crate) fn new(root: i32, limits: &Limits, image_bytes: u64) -> Self {
         let (memory_limit_bytes, cpu_limit) = (limits.memory_bytes, limits.cpu);
-        Self { root, memory_limit_bytes, cpu_limit, image_bytes, peak_bytes: 0 }
+        let used_before = tree(root).into_iter().map(cpu_time).sum();
+        Self { root, memory_limit_bytes, cpu_limit, image_bytes, used_before, peak_bytes: 0 }
     }
 
     /// Takes one sample. Returns the limit that the tree is over, if it is.
     pub(crate) fn over_limit(&mut self) -> Option<Status> {
         let processes = tree(self.root);
-        let resident: Vec<u64> = processes
-            .iter()
-            .map(|process| sum_of(&format!("/proc/{process}/status"), &["RssAnon:", "RssShmem:"]))
-            .collect();
+        let resident: Vec<u64> = processes.iter().map(|process| anonymous(*process)).collect();
         let own = resident.iter().map(|bytes| bytes.saturating_sub(self.image_bytes)).sum();
         self.peak_bytes = self.peak_bytes.max(own);
         if resident.iter().sum::<u64>() > self.memory_limit_bytes {
@@ -52,8 +52,17 @@ impl Watcher {
             }
         }
         let cpu: Duration = processes.iter().map(|process| cpu_time(*process)).sum();
-        (cpu > self.cpu_limit).then_some(Status::Timeout)
+        (cpu.saturating_sub(self.used_before) > self.cpu_limit).then_some(Status::Timeout)
     }
+}
+
+/// Memory of a tree beyond the image that each of its processes began with, in bytes; what they share is counted in each.
+pub(crate) fn resident(root: i32, image_bytes: u64) -> u64 {
+    tree(root).into_iter().map(|process| anonymous(process).saturating_sub(image_bytes)).sum()
+}
+
+fn anonymous(process: i32) -> u64 {
+    sum_of(&format!("/proc/{process}/status"), &["RssAnon:", "RssShmem:"])
 }
 
 /// CPU time of a process and of the children that it has reaped; zero for a process that has just ended.

@@ -95,7 +95,7 @@ impl Zygote {
     pub(crate) fn submit(
         &self,
         mut request: Request,
-        descriptors: &[BorrowedFd<'_>; 3],
+        descriptors: &[BorrowedFd<'_>],
     ) -> io::Result<(u32, Receiver<Event>)> {
         let (sender, receiver) = sync_channel(EVENTS_PER_CALL);
         {
@@ -200,7 +200,7 @@ fn hand_out_replies(process: &Spawned, calls: &Mutex<Calls>) {
         let (call, last) = match &reply {
             Reply::Spawned { call } | Reply::Fault { call, .. } => (*call, false),
             Reply::Exited { call, .. } => (*call, true),
-            Reply::Ready { .. } => continue,
+            Reply::Ready { .. } | Reply::Begun | Reply::TurnEnded { .. } => continue,
         };
         let mut calls = lock(calls);
         let sender = if last { calls.waiting.remove(&call) } else { calls.waiting.get(&call).cloned() };

@@ -215,3 +215,27 @@ fn more_calls_than_slots_wait_their_turn() {
         }
     });
 }
+
+#[test]
+fn the_last_expression_is_shown_where_that_is_asked_for() {
+    let config = agentfly_sandbox::SandboxConfig { echo_last: true, ..common::config(&[]) };
+    let prompt = Sandbox::start(config).expect("starts");
+    for (code, shown) in [
+        ("x = 20\nx + 1", "21\n"),
+        ("'é'", "'é'\n"),
+        ("None", ""),
+        ("print(1); 2", "1\n2\n"),
+        ("x = 1", ""),
+        ("", ""),
+        ("def f():\n    return 3\nf()", "3\n"),
+    ] {
+        assert_eq!(common::run(&prompt, code).stdout, shown, "{code:?}");
+        let silent = run(code).stdout;
+        assert_eq!(silent, if code.starts_with("print") { "1\n" } else { "" }, "{code:?}, not asked for");
+    }
+    assert!(common::run(&prompt, "x = 1\n1 / 0").stderr.contains("line 2, in <module>"));
+    let shown = prompt.turn("s", &Snippet { code: "x = [1]\nx", seed: 0, limits: None }).expect("works");
+    assert_eq!(shown.outcome.stdout, "[1]\n");
+    let shown = prompt.turn("s", &Snippet { code: "x * 2", seed: 0, limits: None }).expect("works");
+    assert_eq!(shown.outcome.stdout, "[1, 1]\n");
+}

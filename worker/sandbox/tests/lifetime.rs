@@ -124,6 +124,43 @@ fn an_owner_killed_with_sigkill_leaves_no_process() {
 }
 
 #[test]
+fn a_session_survives_its_zygote_s_retirement_and_not_its_death() {
+    let _alone = alone();
+    let config = SandboxConfig { restart_after: 3, ..common::config(&[]) };
+    let sandbox = Sandbox::start(config).expect("starts");
+    let turn = |code: &str| {
+        sandbox.turn("long", &Snippet { code, seed: 0, limits: None }).expect("the sandbox works")
+    };
+    turn("x = 5");
+    let of_session = only_zygote();
+    let handle = open(of_session);
+    for _ in 0..5 {
+        common::run(&sandbox, "print(1)");
+    }
+    assert_eq!(turn("print(x)").outcome.stdout, "5\n");
+    rustix::process::kill_process(pid(of_session), Signal::KILL).expect("killed");
+    wait_for_end(of_session, &handle);
+    let next = turn("print('x' in globals())");
+    assert_eq!((next.outcome.stdout.as_str(), next.restarted), ("False\n", true), "{next:?}");
+}
+
+#[test]
+fn a_session_ends_with_its_owner_s_word_and_with_the_pool() {
+    let _alone = alone();
+    let sandbox = common::start(&[]);
+    let zygote = only_zygote();
+    for name in ["a", "b", "c"] {
+        let code = "import subprocess\nsubprocess.Popen(['/bin/sleep', '60'])\nx = 1";
+        sandbox.turn(name, &Snippet { code, seed: 0, limits: None }).expect("the sandbox works");
+    }
+    assert_eq!(common::children(zygote).len(), 3);
+    sandbox.end_session("a");
+    assert_eq!(common::children(zygote).len(), 2, "a session outlived its end");
+    drop(sandbox);
+    assert_eq!(common::children(std::process::id()), [0_u32; 0]);
+}
+
+#[test]
 #[ignore = "run by the test above, which kills it"]
 fn own_a_sandbox_until_killed() {
     let sandbox = common::start(&[]);

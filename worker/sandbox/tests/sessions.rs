@@ -1,0 +1,203 @@
+//! Turns that share a state, and what they do not share.
+
+mod common;
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use agentfly_sandbox::{Limits, Sandbox, SandboxConfig, Snippet, Status, Turn};
+
+fn sandbox() -> &'static Sandbox {
+    static SHARED: OnceLock<Sandbox> = OnceLock::new();
+    SHARED.get_or_init(|| common::start(&["numpy"]))
+}
+
+fn turn(session: &str, code: &str) -> Turn {
+    sandbox().turn(session, &Snippet { code, seed: 7, limits: None }).expect("the sandbox works")
+}
+
+fn said(session: &str, code: &str) -> String {
+    let turn = turn(session, code);
+    assert_eq!((turn.outcome.status, turn.kept), (Status::Ok, true), "{turn:?}");
+    turn.outcome.stdout
+}
+
+#[test]
+fn variables_functions_imports_and_files_live_on() {
+    let name = "live-on";
+    said(name, "import math\nx = [1, 2]\ndef area(r):\n    return round(scale * math.pi * r)\nscale = 10");
+    assert_eq!(said(name, "x.append(3)\nprint(area(2), x)"), "63 [1, 2, 3]\n");
+    said(name, "with open('notes', 'w') as f: f.write('kept')");
+    assert_eq!(said(name, "print(open('/tmp/notes').read(), sum(x))"), "kept 6\n");
+    sandbox().end_session(name);
+    let fresh = turn(name, "print('x' in globals())");
+    assert_eq!((fresh.outcome.stdout.as_str(), fresh.restarted), ("False\n", false), "its owner ended it");
+    sandbox().end_session(name);
+}
+
+#[test]
+fn a_turn_that_fails_or_is_ended_leaves_the_state_of_the_last_good_one() {
+    let name = "rolls-back";
+    said(name, "x = [1]");
+    for (code, status) in [
+        ("x.append(2)\n1 / 0", Status::Error),
+        ("x.append(2)\nimport os\nos.kill(os.getpid(), 11)", Status::Error),
+        ("x.append(2)\nimport sys\nsys.exit(3)", Status::Error),
+        ("x.append(2)\nwhile True: pass", Status::Timeout),
+        ("x.append(2)\nwhile True: print('y' * 1000)", Status::OutputLimit),
+        ("x.append(2)\nb = bytearray(700 << 20)\nprint(len(b))", Status::Error),
+        ("x.append(2)\nimport os\nwhile True:\n    if os.fork() == 0: b = b'1' * (150 << 20)", Status::Error),
+    ] {
+        let limits = Some(Limits { wall: Duration::from_secs(2), ..Limits::default() });
+        let ended = sandbox().turn(name, &Snippet { code, seed: 0, limits }).expect("the sandbox works");
+        assert!(!ended.kept && !ended.restarted, "{code}: {ended:?}");
+        let memory = [Status::Memory, Status::Error, Status::Timeout].contains(&ended.outcome.status);
+        assert!(ended.outcome.status == status || (code.contains("<< 20") && memory), "{code}: {ended:?}");
+        let next = turn(name, "print(x)");
+        assert_eq!(next.outcome.stdout, "[1]\n", "after {code}, which ended as {ended:?}: {next:?}");
+    }
+    sandbox().end_session(name);
+}
+
+#[test]
+fn an_exception_names_the_turn_and_keeps_what_was_printed() {
+    let name = "traceback";
+    said(name, "def f(x):\n    return 1 / x");
+    let failed = turn(name, "print('before')\nf(0)").outcome;
+    assert_eq!((failed.stdout.as_str(), failed.exit_code), ("before\n", Some(1)));
+    for line in ["<turn 2>\", line 2", "<turn 1>\", line 2, in f", "return 1 / x", "ZeroDivisionError"] {
+        assert!(failed.stderr.contains(line), "{line} is missing in\n{}", failed.stderr);
+    }
+    sandbox().end_session(name);
+}
+
+#[test]
+fn a_turn_s_threads_and_processes_end_with_it() {
+    let name = "background";
+    said(
+        name,
+        "import os, threading, time, subprocess\n\
+         def spin():\n    while True: pass\n\
+         threading.Thread(target=spin, daemon=True).start()\n\
+         subprocess.Popen(['/bin/sleep', '60'], start_new_session=True)\n\
+         if os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\n",
+    );
+    let alive = "print(len([n for n in os.listdir('/proc') if n.isdigit() and open(f'/proc/{n}/stat').read().split()[2] != 'Z']), \
+                 threading.active_count())";
+    assert_eq!(said(name, alive), "3 1\n", "its first process, the head and the turn itself");
+    sandbox().end_session(name);
+}
+
+#[test]
+fn nothing_of_one_session_is_in_another() {
+    said("one", "secret = 41\nopen('/tmp/secret', 'w').write('41')\nimport json\njson.leak = 1");
+    let look = "import json, os\nprint('secret' in globals(), os.listdir('/tmp'), hasattr(json, 'leak'))";
+    assert_eq!(said("two", look), "False [] False\n");
+    assert_eq!(common::run(sandbox(), look).stdout, "False [] False\n", "nor in a snippet");
+    for name in ["one", "two"] {
+        sandbox().end_session(name);
+    }
+}
+
+#[test]
+fn the_stream_of_random_numbers_goes_on_and_is_the_seed_s() {
+    let draw = "import random, numpy\nprint(random.random(), numpy.random.rand())";
+    let numbers = |name: &str| [said(name, draw), said(name, draw)];
+    let (first, again) = (numbers("seeded-1"), numbers("seeded-2"));
+    assert_eq!(first, again);
+    assert_ne!(first[0], first[1]);
+    for name in ["seeded-1", "seeded-2"] {
+        sandbox().end_session(name);
+    }
+}
+
+#[test]
+fn the_first_process_of_a_session_cannot_be_reached_by_its_code() {
+    let name = "pid-1";
+    let attack = "import os, signal, ctypes\n\
+         for path in ['/proc/1/mem', '/proc/1/environ', '/proc/1/fd', '/proc/1/maps', '/proc/1/root']:\n\
+         \x20   try: print('ESCAPE', path, os.listdir(path) if path.endswith('fd') else open(path, 'rb').read(16))\n\
+         \x20   except OSError: pass\n\
+         for number in (9, 19, 2, 15, 11):\n    os.kill(1, number)\n\
+         libc = ctypes.CDLL(None, use_errno=True)\n\
+         print(libc.ptrace(16, 1, 0, 0), len(os.listdir('/proc/self/fd')))";
+    let first = said(name, attack);
+    assert!(!first.contains("ESCAPE") && first.starts_with("-1 "), "{first}");
+    assert_eq!(said(name, "print('alive')"), "alive\n");
+    sandbox().end_session(name);
+}
+
+#[test]
+fn code_that_lies_to_the_session_hurts_only_itself() {
+    // It finds the socket of its head and talks to the first process; what the last word is decides what follows.
+    let lie = |words: &str| {
+        format!(
+            "import os, socket, struct, stat, time\n\
+             for fd in range(3, 64):\n\
+             \x20   try:\n\
+             \x20       if stat.S_ISSOCK(os.fstat(fd).st_mode):\n\
+             \x20           s = socket.socket(fileno=os.dup(fd))\n\
+             \x20           for word in ({words}): s.send(word)\n\
+             \x20   except OSError: pass\n\
+             time.sleep(60)"
+        )
+    };
+    let limits = Some(Limits { wall: Duration::from_secs(1), ..Limits::default() });
+    let turn = |code: &str| {
+        let snippet = Snippet { code, seed: 0, limits: limits.clone() };
+        sandbox().turn("liar", &snippet).expect("whatever the code does is an outcome")
+    };
+    assert_eq!(turn("x = 1").outcome.status, Status::Ok);
+    let junk = turn(&lie("b'x', b'x' * 300, struct.pack('<II', 77, 1)"));
+    assert_eq!((junk.outcome.status, junk.kept), (Status::Timeout, false), "no word ends it: {junk:?}");
+    let gone = turn(&lie("b'',"));
+    assert_eq!((gone.outcome.status, gone.kept), (Status::Killed, false), "as if it had ended: {gone:?}");
+    assert_eq!(turn("print(x)").outcome.stdout, "1\n", "after both the state is the last good one");
+    // It says that it is done and goes on: then it is the head, and answers nothing.
+    let done = turn(&lie("struct.pack('<II', 2, 0),"));
+    assert_eq!((done.outcome.status, done.kept), (Status::Ok, true), "{done:?}");
+    let mute = turn("print(x)");
+    assert_eq!((mute.outcome.status, mute.kept), (Status::Timeout, false), "{mute:?}");
+    let next = turn("print('x' in globals())");
+    assert_eq!((next.outcome.stdout.as_str(), next.restarted), ("False\n", true), "{next:?}");
+    assert_eq!(said("honest", "print(2)"), "2\n");
+    for name in ["liar", "honest"] {
+        sandbox().end_session(name);
+    }
+}
+
+#[test]
+fn too_many_sessions_lose_their_state_by_last_use_and_are_told() {
+    let config = SandboxConfig { idle_sessions: 2, ..common::config(&[]) };
+    let sandbox = Sandbox::start(config).expect("starts");
+    let turn = |name: &str, code: &str| {
+        sandbox.turn(name, &Snippet { code, seed: 0, limits: None }).expect("the sandbox works")
+    };
+    for name in ["a", "b", "a", "c"] {
+        turn(name, "x = 1");
+    }
+    assert_eq!(sandbox.idle_sessions(), 2);
+    let lost = turn("b", "print('x' in globals())");
+    assert_eq!((lost.outcome.stdout.as_str(), lost.restarted), ("False\n", true));
+    assert!(!turn("c", "print(x)").restarted);
+}
+
+#[test]
+fn sessions_work_for_a_user_without_privileges() {
+    match common::again_as_nobody("variables_rolled_back") {
+        Ok(mut command) => {
+            let output = command.output().expect("the test program starts");
+            let text = common::text(&output);
+            assert!(output.status.success() && text.contains("1 passed"), "{text}");
+        }
+        Err(reason) => println!("NOT RUN as a second user: {reason}"),
+    }
+}
+
+#[test]
+#[ignore = "run by the test above, as another user"]
+fn variables_rolled_back() {
+    said("other", "x = [1]");
+    assert_eq!(turn("other", "x.append(2)\n1 / 0").outcome.status, Status::Error);
+    assert_eq!(said("other", "print(x)"), "[1]\n");
+}
