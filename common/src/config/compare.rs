@@ -148,7 +148,7 @@ mod tests {
     }
 
     /// What is trained: a setting that arrives is put here or in `FREE`, on purpose.
-    const COUNTS: [&str; 46] = [
+    const COUNTS: [&str; 50] = [
         "actor_rollout_ref.actor.clip_ratio",
         "actor_rollout_ref.actor.clip_ratio_c",
         "actor_rollout_ref.actor.clip_ratio_high",
@@ -192,7 +192,11 @@ mod tests {
         "data.train_batch_size",
         "data.train_files",
         "data.train_max_samples",
+        "sandbox.echo_last",
+        "sandbox.idle_sessions",
+        "sandbox.idle_sessions_mb",
         "sandbox.memory_mb",
+        "sandbox.stateful",
         "sandbox.wall_seconds",
         "trainer.seed",
     ];

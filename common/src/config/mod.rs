@@ -150,7 +150,9 @@ fn expectation(kind: figment::error::Kind) -> String {
         other => return other.to_string(),
     };
     let plain = match expected.as_str() {
-        "u16" | "u32" | "u64" => "a whole number, 0 or more",
+        "u16" => "a whole number, 0 to 65535",
+        "u32" => "a whole number, 0 to 4294967295",
+        "u64" => "a whole number, 0 or more",
         "i32" | "i64" => "a whole number",
         "f32" | "f64" => "a number",
         "a boolean" => "True or False",

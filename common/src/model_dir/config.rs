@@ -131,6 +131,12 @@ impl ModelConfig {
     /// Names the file, the key, its value and what is supported.
     pub fn from_dir(dir: &Path) -> Result<Self, ModelDirError> {
         let path = dir.join("config.json");
+        let below = dir.join("huggingface");
+        if !path.exists() && below.join("config.json").exists() {
+            let reason =
+                format!("is not there, but in {}, where a checkpoint has its model", below.display());
+            return Err(ModelDirError::malformed(&path, reason));
+        }
         let mut config = Self::from_json(&read_object(&path)?, &path)?;
         let path = dir.join("generation_config.json");
         if path.exists() {

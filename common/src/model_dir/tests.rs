@@ -196,7 +196,9 @@ fn what_is_no_safetensors_file_is_said_to_be_none() {
     assert_says(&refusal_of_header("[1, 2]", 0), &["has no safetensors header: invalid type: sequence"]);
     assert_says(&refusal_of_header(&"[".repeat(5_000), 0), &["has no safetensors header"]);
     std::fs::remove_file(weights(&dir)).unwrap();
-    assert_says(&refusal(&dir), &["cannot open", "model.safetensors"]);
+    assert_says(&refusal(&dir), &["model.safetensors: is not there", "holds no weights"]);
+    std::fs::write(dir.path().join("pytorch_model.bin"), "a pickle").unwrap();
+    assert_says(&refusal(&dir), &["only pytorch_model.bin", "safe_serialization=True"]);
     std::fs::create_dir(weights(&dir)).unwrap();
     assert_says(&refusal(&dir), &["model.safetensors: is not a regular file"]);
 }
@@ -273,7 +275,7 @@ fn a_model_in_several_files_is_one_model_or_is_refused() {
         &["part-1.safetensors: tensor `lm_head.weight` is in", "part-0.safetensors too"],
     );
     std::fs::remove_file(part(1)).unwrap();
-    assert_says(&refusal(&dir), &["cannot open", "part-1.safetensors"]);
+    assert_says(&refusal(&dir), &["part-1.safetensors: is not there", "index.json names it as one of 2"]);
     write_weights(&part(1), &Tensors::new());
     assert_says(&refusal(&dir), &["model.safetensors.index.json: tensor `", "is missing"]);
     std::fs::write(part(1), second).unwrap();
@@ -352,7 +354,8 @@ fn a_tokenizer_with_ids_the_embedding_has_no_rows_for_is_refused() {
     assert_says(&check(r#"{"model":{"vocab":{}}}"#).unwrap_err(), &["it has no tokens"]);
     assert_says(&check("<html>").unwrap_err(), &["tokenizer.json: is not JSON"]);
     std::fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
-    let missing = ModelDir::inspect(dir.path()).unwrap().config.check_tokenizer(dir.path()).unwrap_err().to_string();
+    let missing =
+        ModelDir::inspect(dir.path()).unwrap().config.check_tokenizer(dir.path()).unwrap_err().to_string();
     assert_says(&missing, &["cannot open", "tokenizer.json"]);
 }
 

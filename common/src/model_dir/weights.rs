@@ -169,7 +169,7 @@ fn nearest(missing: &str, all: &BTreeMap<String, Found>) -> Option<(String, Vec<
 fn weight_files(dir: &Path) -> Result<BTreeSet<PathBuf>, ModelDirError> {
     let (index, single) = (dir.join(INDEX), dir.join("model.safetensors"));
     if !index.exists() {
-        return Ok(BTreeSet::from([single]));
+        return if single.exists() { Ok(BTreeSet::from([single])) } else { Err(no_weights(dir, &single)) };
     }
     let map = read_object(&index)?;
     let weight_map = map
@@ -188,11 +188,27 @@ fn weight_files(dir: &Path) -> Result<BTreeSet<PathBuf>, ModelDirError> {
             }
         };
     }
+    if let Some(missing) = files.iter().find(|file| !file.exists()) {
+        let reason = format!("is not there, though {INDEX} names it as one of {}; copy it, too", files.len());
+        return Err(ModelDirError::malformed(missing, reason));
+    }
     if single.exists() && !files.contains(&single) {
         let reason = "does not name model.safetensors, which is there too: two models in one directory; remove the one that is not meant";
         return Err(ModelDirError::malformed(&index, reason));
     }
     Ok(files)
+}
+
+/// What to say of a directory without a safetensors file.
+fn no_weights(dir: &Path, single: &Path) -> ModelDirError {
+    let pickled = dir.join("pytorch_model.bin").exists() || dir.join("pytorch_model.bin.index.json").exists();
+    let reason = if pickled {
+        "is not there, only pytorch_model.bin, which is not read: loading it can run code; save the model with \
+         save_pretrained(…, safe_serialization=True)"
+    } else {
+        "is not there, and no model.safetensors.index.json either: the directory holds no weights"
+    };
+    ModelDirError::malformed(single, reason)
 }
 
 /// Adds the tensors of one file.

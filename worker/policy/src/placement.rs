@@ -111,6 +111,12 @@ pub fn cuda_built() -> bool {
     agentfly_c10d::has_nccl()
 }
 
+/// GPUs that CUDA finds here.
+#[must_use]
+pub fn cuda_devices() -> usize {
+    usize::try_from(tch::Cuda::device_count()).unwrap_or(0)
+}
+
 /// Sets libtorch up for this process: threads, and on CPUs the faster f32 kernels, which are still f32-accurate
 /// (largest error 1e-6 of the largest result) wherever the CPU has no matrix unit that would round to bf16.
 ///

@@ -138,7 +138,7 @@ impl Sandbox {
     /// Only for faults of the sandbox, and when another turn of the session runs for longer than `queue_timeout`.
     pub fn turn(&self, session: &str, snippet: &Snippet<'_>) -> Result<Turn, SandboxError> {
         let limits = self.limits(snippet)?;
-        let found = self.sessions.take(session, self.config.queue_timeout).ok_or_else(|| {
+        let (turn, found) = self.sessions.take(session, self.config.queue_timeout).ok_or_else(|| {
             SandboxError::Setup(format!(
                 "another turn of session {session:?} runs for longer than {:?} (queue_timeout)",
                 self.config.queue_timeout
@@ -149,7 +149,7 @@ impl Sandbox {
             Found::Lost => Found::Lost,
             Found::Nothing => Found::Nothing,
         };
-        let mut place = Turning { sessions: &self.sessions, name: session, left };
+        let mut place = Turning { sessions: &self.sessions, name: session, turn, left };
         let slot = self.slot()?;
         // From here on the state is what the turn leaves.
         let found = std::mem::replace(&mut place.left, Found::Lost);
@@ -257,6 +257,7 @@ impl Sandbox {
 struct Turning<'a> {
     sessions: &'a Sessions<Session>,
     name: &'a str,
+    turn: u64,
     /// What the next turn shall find.
     left: Found<(Session, u64)>,
 }
@@ -279,7 +280,7 @@ impl Turning<'_> {
 
 impl Drop for Turning<'_> {
     fn drop(&mut self) {
-        drop(self.sessions.put(self.name, std::mem::replace(&mut self.left, Found::Lost)));
+        drop(self.sessions.put(self.name, self.turn, std::mem::replace(&mut self.left, Found::Lost)));
     }
 }
 

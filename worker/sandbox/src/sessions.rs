@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 /// What is known of a name.
 #[derive(Debug)]
 enum Entry<S> {
-    /// A turn runs.
-    Busy,
+    /// A turn runs: the one of this number.
+    Busy(u64),
     /// Waits for the next turn.
     Idle { session: S, used: u64, bytes: u64 },
     /// Its state was dropped, or died.
@@ -52,36 +52,44 @@ impl<S> Sessions<S> {
         Self { state: Mutex::new(state), changed: Condvar::new(), most, most_bytes }
     }
 
-    /// Takes the session of a name for a turn; `None` if another turn of it runs for longer than `patience`.
-    pub(crate) fn take(&self, name: &str, patience: Duration) -> Option<Found<S>> {
+    /// Takes the session of a name for a turn, with the turn's number; `None` if another turn of it runs for longer than
+    /// `patience`.
+    pub(crate) fn take(&self, name: &str, patience: Duration) -> Option<(u64, Found<S>)> {
         let deadline = Instant::now() + patience;
         let mut state = self.lock();
-        while matches!(state.entries.get(name), Some(Entry::Busy)) {
+        while matches!(state.entries.get(name), Some(Entry::Busy(_))) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return None;
             }
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        Some(match state.entries.insert(name.to_owned(), Entry::Busy) {
+        state.clock += 1;
+        let turn = state.clock;
+        let found = match state.entries.insert(name.to_owned(), Entry::Busy(turn)) {
             Some(Entry::Idle { session, .. }) => Found::Session(session),
             Some(Entry::Lost) => Found::Lost,
-            Some(Entry::Busy) | None => Found::Nothing,
-        })
+            Some(Entry::Busy(_)) | None => Found::Nothing,
+        };
+        Some((turn, found))
     }
 
-    /// Ends the turn that [`Self::take`] began, with what the next one shall find: a session with the bytes that it holds,
-    /// its loss, or nothing. Returns what to drop.
-    pub(crate) fn put(&self, name: &str, left: Found<(S, u64)>) -> Vec<S> {
+    /// Ends the turn of this number, with what the next one shall find: a session with the bytes that it holds, its loss,
+    /// or nothing. Returns what to drop: where the owner has ended the name meanwhile, and may have begun it anew, that is
+    /// this turn's session.
+    pub(crate) fn put(&self, name: &str, turn: u64, left: Found<(S, u64)>) -> Vec<S> {
         let mut state = self.lock();
         state.clock += 1;
         let used = state.clock;
         let mut dropped = Vec::new();
-        match (state.entries.get_mut(name), left) {
-            (Some(entry), Found::Session((session, bytes))) => *entry = Entry::Idle { session, used, bytes },
+        let own = state.entries.get_mut(name).filter(|entry| matches!(entry, Entry::Busy(of) if *of == turn));
+        match (own, left) {
+            (Some(entry), Found::Session((session, bytes))) => {
+                *entry = Entry::Idle { session, used, bytes };
+            }
             (Some(entry), Found::Lost) => *entry = Entry::Lost,
             (Some(_), Found::Nothing) => drop(state.entries.remove(name)),
-            (None, Found::Session((session, _))) => dropped.push(session), // its owner ended it meanwhile
+            (None, Found::Session((session, _))) => dropped.push(session),
             (None, Found::Lost | Found::Nothing) => {}
         }
         dropped.extend(state.make_room(self.most, self.most_bytes));
@@ -140,8 +148,8 @@ mod tests {
     use super::*;
 
     fn turn(sessions: &Sessions<u32>, name: &str, session: u32, bytes: u64) -> (Found<u32>, Vec<u32>) {
-        let found = sessions.take(name, Duration::ZERO).expect("no other turn runs");
-        (found, sessions.put(name, Found::Session((session, bytes))))
+        let (turn, found) = sessions.take(name, Duration::ZERO).expect("no other turn runs");
+        (found, sessions.put(name, turn, Found::Session((session, bytes))))
     }
 
     #[test]
@@ -179,14 +187,24 @@ mod tests {
     #[test]
     fn a_turn_that_runs_is_waited_for_and_never_dropped() {
         let sessions = Sessions::new(1, 100);
-        assert_eq!(sessions.take("a", Duration::ZERO), Some(Found::Nothing));
+        let (of_a, found) = sessions.take("a", Duration::ZERO).expect("no other turn runs");
+        assert_eq!(found, Found::Nothing);
         assert_eq!(sessions.take("a", Duration::from_millis(5)), None);
         turn(&sessions, "b", 2, 10);
         turn(&sessions, "c", 3, 10);
-        assert_eq!(sessions.put("a", Found::Session((1, 10))), [3]);
-        assert_eq!(sessions.take("a", Duration::ZERO), Some(Found::Session(1)));
-        assert_eq!(sessions.end("a"), None);
-        assert_eq!(sessions.put("a", Found::Session((1, 10))), [1], "its owner ended it while a turn ran");
+        assert_eq!(sessions.put("a", of_a, Found::Session((1, 10))), [3], "a's turn ended last");
+    }
+
+    #[test]
+    fn a_turn_whose_owner_has_gone_leaves_nothing_to_who_begins_under_its_name() {
+        let sessions = Sessions::new(8, 100);
+        let (old, _) = sessions.take("a", Duration::ZERO).expect("no other turn runs");
+        assert_eq!(sessions.end("a"), None, "it goes when its turn ends");
+        let (new, found) = sessions.take("a", Duration::ZERO).expect("the old turn is not its own");
+        assert_eq!(found, Found::Nothing);
+        assert_eq!(sessions.put("a", old, Found::Session((1, 10))), [1]);
+        assert_eq!(sessions.put("a", new, Found::Session((2, 10))), [0_u32; 0]);
+        assert_eq!(turn(&sessions, "a", 2, 10).0, Found::Session(2));
     }
 
     #[test]
@@ -194,11 +212,11 @@ mod tests {
         let sessions = Sessions::<u32>::new(1, 100);
         for lost in [false, true] {
             let left = || if lost { Found::Lost } else { Found::Nothing };
-            sessions.take("a", Duration::ZERO);
-            sessions.put("a", left());
-            let found = sessions.take("a", Duration::ZERO).expect("no other turn runs");
+            let (first, _) = sessions.take("a", Duration::ZERO).expect("no other turn runs");
+            sessions.put("a", first, left());
+            let (second, found) = sessions.take("a", Duration::ZERO).expect("no other turn runs");
             assert_eq!(matches!(found, Found::Lost), lost);
-            sessions.put("a", Found::Nothing);
+            sessions.put("a", second, Found::Nothing);
         }
     }
 }

@@ -15,7 +15,7 @@ use agentfly_policy::placement::{Place, open, set_up};
 use anyhow::{Context as _, ensure};
 use serde::Serialize;
 
-use super::DtypeArg;
+use super::{DtypeArg, check_place};
 
 /// Arguments of `worker generate`.
 #[derive(Debug, clap::Args)]
@@ -111,6 +111,7 @@ fn sample(
          (max_position_embeddings), answer included; shorten the prompt",
         prompt_ids.len()
     );
+    check_place(args.threads, args.device)?;
     set_up(args.threads, args.device)?;
     let decoder = open(model, args.dtype.into(), args.device)?;
     let window = trained.min(prompt_ids.len() + args.max_tokens as usize);

@@ -1,6 +1,6 @@
 //! `worker score`: log-probs of given token ids, so that anyone can check the model from outside.
 
-use std::io::{BufRead as _, Write as _};
+use std::io::{BufRead as _, ErrorKind, Write as _};
 use std::path::PathBuf;
 
 use agentfly_hub::{Want, local_model};
@@ -9,7 +9,7 @@ use agentfly_policy::placement::{Place, open, set_up};
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
-use super::DtypeArg;
+use super::{DtypeArg, check_place};
 
 /// Arguments of `worker score`.
 #[derive(Debug, clap::Args)]
@@ -48,6 +48,7 @@ struct Scored {
 /// # Errors
 /// A model that cannot be read, or the first line that cannot be scored, by number.
 pub fn run(args: &ScoreArgs) -> anyhow::Result<()> {
+    check_place(args.threads, args.device)?;
     set_up(args.threads, args.device)?;
     let decoder = open(&local_model(&args.model, Want::Everything)?, args.dtype.into(), args.device)?;
     let mut out = std::io::stdout().lock();
@@ -63,8 +64,10 @@ pub fn run(args: &ScoreArgs) -> anyhow::Result<()> {
             let entropies = args.entropies.then_some(entropies);
             serde_json::to_writer(&mut out, &Scored { logprobs: log_probs, entropies })?;
         }
-        out.write_all(b"\n")?;
-        out.flush()?;
+        if let Err(error) = out.write_all(b"\n").and_then(|()| out.flush()) {
+            // Whoever read the scores has enough of them (`… | head`).
+            return if error.kind() == ErrorKind::BrokenPipe { Ok(()) } else { Err(error.into()) };
+        }
     }
     Ok(())
 }

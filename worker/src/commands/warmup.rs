@@ -7,6 +7,7 @@ use std::io::BufRead as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::check_place;
 use agentfly_agent::template::{ChatTemplate, Next, ToolReply};
 use agentfly_agent::tokenizer::ChatTokenizer;
 use agentfly_common::model_dir::ModelConfig;
@@ -68,6 +69,7 @@ struct Demo {
 pub fn run(args: &WarmupArgs) -> anyhow::Result<()> {
     let config = settings(args);
     config.check()?;
+    check_place(args.threads, Place::Cpu)?;
     ensure!(args.batch > 0, "--batch 0: an update learns from at least 1 demonstration");
     let given = args.from.as_ref().or(args.shape.as_ref()).context("either --shape or --from is given")?;
     let want = if args.from.is_some() { Want::Everything } else { Want::Configuration };
@@ -299,7 +301,8 @@ mod tests {
         let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
         config["vocab_size"] = 8.into();
         std::fs::write(shape.join("config.json"), config.to_string()).unwrap();
-        let error = run(&args(shape.clone(), place("no-demos"), place("narrow-out"))).unwrap_err().to_string();
+        let error =
+            run(&args(shape.clone(), place("no-demos"), place("narrow-out"))).unwrap_err().to_string();
         assert!(error.contains("has 8 rows (vocab_size in config.json)"), "{error}");
         std::fs::remove_dir_all(&shape).unwrap();
     }

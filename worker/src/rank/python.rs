@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use agentfly_agent::tools::{InfraError, PythonRunner, PythonSlot, RunLimits, RunOutput, RunStatus, Snippet};
 use agentfly_common::config::Config;
-use agentfly_sandbox::{Limits, Sandbox, SandboxConfig, Status};
+use agentfly_common::ids::ChainKey;
+use agentfly_sandbox::{Limits, Sandbox, SandboxConfig, Status, Turn};
 use anyhow::Context as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -37,13 +38,15 @@ pub(super) struct SandboxPython {
     limits: Limits,
     /// As many as the sandbox has slots.
     permits: Arc<Semaphore>,
+    /// Where sessions are ended: that waits until their processes are gone.
+    blocking: tokio::runtime::Handle,
 }
 
 impl SandboxPython {
     /// Starts the pool with a job's limits; `threads` bounds how many snippets run at once by default.
     ///
     /// # Errors
-    /// When there is no interpreter, or this machine cannot isolate one.
+    /// When there is no interpreter, or this machine cannot isolate one; outside of a Tokio runtime.
     pub(super) fn start(config: &Config, threads: u32) -> anyhow::Result<Self> {
         let limits = limits(RunLimits {
             wall: config.sandbox.wall(),
@@ -56,9 +59,14 @@ impl SandboxPython {
             slots,
             limits: limits.clone(),
             preload: PRELOADED.map(str::to_owned).to_vec(),
+            echo_last: config.sandbox.echo_last,
+            idle_sessions: config.sandbox.idle_sessions as usize,
+            idle_session_bytes: config.sandbox.idle_session_bytes(),
             ..SandboxConfig::new(interpreter()?)
         })?;
-        Ok(Self { sandbox: Arc::new(sandbox), limits, permits: Arc::new(Semaphore::new(slots)) })
+        let blocking = tokio::runtime::Handle::try_current().context("the sandbox serves async callers")?;
+        let permits = Arc::new(Semaphore::new(slots));
+        Ok(Self { sandbox: Arc::new(sandbox), limits, permits, blocking })
     }
 }
 
@@ -84,23 +92,35 @@ impl PythonRunner for SandboxPython {
         let permit = self.permits.clone().acquire_owned().await.map_err(fault)?;
         Ok(Box::new(FreeSlot { sandbox: self.sandbox.clone(), limits: self.limits.clone(), permit }))
     }
+
+    fn end_session(&self, chain: &ChainKey) {
+        let (sandbox, name) = (self.sandbox.clone(), chain.to_string());
+        self.blocking.spawn_blocking(move || sandbox.end_session(&name));
+    }
 }
 
 #[async_trait::async_trait]
 impl PythonSlot for FreeSlot {
     async fn run(self: Box<Self>, snippet: Snippet<'_>) -> Result<RunOutput, InfraError> {
         let Self { sandbox, limits: of_the_settings, permit } = *self;
-        let (code, seed) = (snippet.code.to_owned(), snippet.seed);
+        let (code, seed, session) = (snippet.code.to_owned(), snippet.seed, snippet.session);
         let limits = snippet.limits.map_or(of_the_settings, limits);
         let run = move || {
             let _until_it_ends = permit;
-            sandbox.run(&agentfly_sandbox::Snippet { code: &code, seed, limits: Some(limits) })
+            let snippet = agentfly_sandbox::Snippet { code: &code, seed, limits: Some(limits) };
+            match session {
+                Some(chain) => sandbox.turn(&chain.to_string(), &snippet),
+                None => {
+                    let outcome = sandbox.run(&snippet)?;
+                    Ok(Turn { outcome, kept: false, restarted: false })
+                }
+            }
         };
         // Dropping a set takes back what no thread has begun.
         let mut blocking = JoinSet::new();
         blocking.spawn_blocking(run);
         let ended = blocking.join_next().await.ok_or_else(|| fault("no run was started"))?;
-        let outcome = ended.map_err(fault)?.map_err(fault)?;
+        let Turn { outcome, restarted, .. } = ended.map_err(fault)?.map_err(fault)?;
         let status = match outcome.status {
             Status::Ok => RunStatus::Success,
             Status::Error => RunStatus::Error { message: last_line(&outcome.stderr) },
@@ -111,7 +131,7 @@ impl PythonSlot for FreeSlot {
             }
             Status::Killed => RunStatus::Error { message: "Killed: the process was killed".to_owned() },
         };
-        Ok(RunOutput { status, stdout: outcome.stdout, stderr: outcome.stderr })
+        Ok(RunOutput { status, stdout: outcome.stdout, stderr: outcome.stderr, restarted })
     }
 }
 
@@ -125,6 +145,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use agentfly_agent::rewards::JUDGE_LIMITS;
+    use agentfly_common::ids::Purpose;
 
     use super::*;
 
@@ -140,7 +161,7 @@ mod tests {
     }
 
     async fn run(python: &SandboxPython, code: &str, limits: Option<RunLimits>) -> RunOutput {
-        python.admit().await.unwrap().run(Snippet { code, seed: 0, limits }).await.unwrap()
+        python.admit().await.unwrap().run(Snippet { code, seed: 0, limits, session: None }).await.unwrap()
     }
 
     #[tokio::test]
@@ -167,8 +188,29 @@ mod tests {
         assert_eq!(run(&python, nap, Some(JUDGE_LIMITS)).await.status, RunStatus::Success);
     }
 
-    #[test]
-    fn computing_all_the_time_reaches_the_wall_limit() {
+    #[tokio::test]
+    async fn a_chain_s_turns_share_their_variables_until_it_ends() {
+        let python = python(5);
+        let chain = |chain| ChainKey { purpose: Purpose::Train, step: 1, group: 0, chain };
+        let turn = async |of, code| {
+            let snippet = Snippet { code, seed: 0, limits: None, session: Some(chain(of)) };
+            python.admit().await.unwrap().run(snippet).await.unwrap()
+        };
+        assert_eq!(turn(0, "x = 41").await.status, RunStatus::Success);
+        let failed = turn(0, "x = 0\n1 / 0").await.status;
+        assert_eq!(failed, RunStatus::Error { message: "ZeroDivisionError: division by zero".to_owned() });
+        assert_eq!(turn(1, "print('x' in globals())").await.stdout, "False\n", "another chain's");
+        assert_eq!(turn(0, "print(x + 1)").await.stdout, "42\n");
+        python.end_session(&chain(0));
+        while python.sandbox.idle_sessions() > 1 {
+            tokio::task::yield_now().await;
+        }
+        let fresh = turn(0, "print('x' in globals())").await;
+        assert_eq!((fresh.stdout.as_str(), fresh.restarted), ("False\n", false), "the chain was run again");
+    }
+
+    #[tokio::test]
+    async fn computing_all_the_time_reaches_the_wall_limit() {
         assert_eq!(python(60).limits.cpu, Duration::from_secs(60));
         assert_eq!(python(1).limits.cpu, Limits::default().cpu);
     }

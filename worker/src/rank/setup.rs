@@ -162,7 +162,8 @@ async fn chain_deps(
         generator: Arc::new(EngineGenerator(device.clone())),
         template: Arc::new(template.map_err(RankError::operator)?),
         agent: agent(config.agent.agent_type.as_str()).map_err(RankError::operator)?,
-        tools: ToolSet::by_names(&config.agent.tools, &python).map_err(RankError::operator)?,
+        tools: ToolSet::by_names(&config.agent.tools, &python, config.sandbox.stateful)
+            .map_err(RankError::operator)?,
         reward: Some(reward(&config.agent.reward_name, &python).map_err(RankError::operator)?),
         system_prompt: config.agent.system_prompt.clone(),
     })

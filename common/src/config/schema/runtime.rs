@@ -9,7 +9,10 @@ use crate::config::checks::Checks;
 /// The sandbox ends every call by then, whatever is asked for.
 const MOST_WALL_SECONDS: u64 = 60;
 
-/// `sandbox.*`: limits of one tool call. Read by the worker's sandbox.
+/// The sandbox has no more.
+const MOST_SLOTS: u32 = 1024;
+
+/// `sandbox.*`: how a tool call runs, and its limits. Read by the worker's sandbox.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sandbox {
@@ -19,6 +22,14 @@ pub struct Sandbox {
     pub memory_mb: u64,
     /// Calls at the same time on a rank; `None` is two per CPU thread of the rank.
     pub slots: Option<u32>,
+    /// The calls of a chain share their variables and files.
+    pub stateful: bool,
+    /// The value of a last line that is an expression is shown.
+    pub echo_last: bool,
+    /// With `stateful`: chains whose state is kept between their calls, on a rank.
+    pub idle_sessions: u32,
+    /// With `stateful`: MiB that these may hold together.
+    pub idle_sessions_mb: u64,
 }
 
 impl Sandbox {
@@ -30,7 +41,14 @@ impl Sandbox {
         );
         // Python with numpy and sympy loaded needs some 100 MiB itself.
         checks.that("sandbox.memory_mb", self.memory_mb >= 128, "expected at least 128 MiB");
-        checks.that("sandbox.slots", self.slots != Some(0), "expected at least 1, or null");
+        let slots = self.slots.is_none_or(|slots| (1..=MOST_SLOTS).contains(&slots));
+        checks.that("sandbox.slots", slots, format!("expected 1 to {MOST_SLOTS}, or null"));
+    }
+
+    /// `idle_sessions_mb` in bytes.
+    #[must_use]
+    pub fn idle_session_bytes(&self) -> u64 {
+        self.idle_sessions_mb.saturating_mul(1 << 20)
     }
 
     /// `wall_seconds` as a duration.

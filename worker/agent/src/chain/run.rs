@@ -9,7 +9,7 @@ use tracing::{Instrument as _, info_span};
 
 use super::record::Record;
 use super::state::{AfterTurn, Limits};
-use super::{ChainDeps, ChainError, ChainSpec, Generator, TurnInput};
+use super::{ChainDeps, ChainError, ChainSpec, TurnInput};
 use crate::agents::ToolCall;
 use crate::clock::{Clock, Overdue};
 use crate::rewards::{RewardFault, RewardInput};
@@ -39,7 +39,7 @@ enum Stop {
 /// What would fail the same way again: the template, the row, a broken invariant, a chain that sampled nothing
 /// in its time, or a step whose time is over.
 pub async fn run_chain(spec: &ChainSpec, deps: &ChainDeps) -> Result<Trajectory, ChainError> {
-    let _release = Release { generator: deps.generator.as_ref(), chain: spec.key };
+    let _release = Release { deps, chain: spec.key };
     let started = Instant::now();
     let mut run = Run::new(spec, deps)?;
     let (outcome, reward) = match run.play_out().await {
@@ -67,15 +67,16 @@ pub async fn run_chain(spec: &ChainSpec, deps: &ChainDeps) -> Result<Trajectory,
     Ok(trajectory)
 }
 
-/// Releases the engine's state of a chain however the chain ends, cancellation included.
+/// Releases what the engine and the tools keep for a chain however the chain ends, cancellation included.
 struct Release<'a> {
-    generator: &'a dyn Generator,
+    deps: &'a ChainDeps,
     chain: ChainKey,
 }
 
 impl Drop for Release<'_> {
     fn drop(&mut self) {
-        self.generator.release(&self.chain);
+        self.deps.generator.release(&self.chain);
+        self.deps.tools.chain_ended(&self.chain);
     }
 }
 

@@ -115,7 +115,9 @@ impl Judge<'_> {
         let reward = self.reward;
         let fault = |error: InfraError| RewardFault::Infrastructure { reward, cause: error.to_string() };
         let slot = self.clock.stand_still(self.python.admit()).await.map_err(fault)?;
-        slot.run(Snippet { code, seed: self.seed, limits: Some(JUDGE_LIMITS) }).await.map_err(fault)
+        slot.run(Snippet { code, seed: self.seed, limits: Some(JUDGE_LIMITS), session: None })
+            .await
+            .map_err(fault)
     }
 }
 

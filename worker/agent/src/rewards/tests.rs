@@ -67,7 +67,7 @@ impl PythonSlot for PlainPython {
         let answer = lines.next_line().await.unwrap().expect("the driver answers every line");
         let (stdout, error): (String, Option<String>) = serde_json::from_str(&answer).unwrap();
         let status = error.map_or(RunStatus::Success, |message| RunStatus::Error { message });
-        Ok(RunOutput { status, stdout, stderr: String::new() })
+        Ok(RunOutput { status, stdout, stderr: String::new(), restarted: false })
     }
 }
 
@@ -85,7 +85,8 @@ impl PythonRunner for Broken {
 #[async_trait]
 impl PythonSlot for Broken {
     async fn run(self: Box<Self>, _snippet: Snippet<'_>) -> Result<RunOutput, InfraError> {
-        let output = |status| RunOutput { status, stdout: "EQUAL\n".into(), stderr: String::new() };
+        let output =
+            |status| RunOutput { status, stdout: "EQUAL\n".into(), stderr: String::new(), restarted: false };
         self.0.map(output)
     }
 }
@@ -110,7 +111,7 @@ impl PythonSlot for Slow {
         let mut limits = self.limits.lock().unwrap();
         limits.push(snippet.limits);
         let status = if limits.len() <= self.runs { RunStatus::TimedOut } else { RunStatus::Success };
-        Ok(RunOutput { status, stdout: "EQUAL\n".into(), stderr: String::new() })
+        Ok(RunOutput { status, stdout: "EQUAL\n".into(), stderr: String::new(), restarted: false })
     }
 }
 

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use agentfly_common::ids::ChainKey;
 use async_trait::async_trait;
 use serde_json::{Map, Value, json};
 
@@ -13,17 +14,20 @@ use super::{InfraError, PythonRunner, RunOutput, RunStatus, Snippet, Tool, ToolC
 const TIMED_OUT: &str = "Execution timed out";
 /// The observation of a run that used up its memory.
 const MEMORY_EXCEEDED: &str = "Memory limit exceeded";
+/// What precedes the observation of a run whose session had lost its state.
+const RESTARTED: &str = "The interpreter was restarted: variables of earlier calls are gone.\n";
 
 /// The tool.
 pub struct CodeInterpreter {
     python: Arc<dyn PythonRunner>,
+    stateful: bool,
 }
 
 impl CodeInterpreter {
-    /// Runs code with `python`.
+    /// Runs code with `python`; `stateful` (`sandbox.stateful`): a chain's calls share their variables and files.
     #[must_use]
-    pub fn new(python: Arc<dyn PythonRunner>) -> Self {
-        Self { python }
+    pub fn new(python: Arc<dyn PythonRunner>, stateful: bool) -> Self {
+        Self { python, stateful }
     }
 }
 
@@ -34,9 +38,15 @@ impl Tool for CodeInterpreter {
     }
 
     fn schema(&self) -> Value {
+        let description = if self.stateful {
+            "Run Python code and return what it prints. Variables and files of earlier calls are still there; a call that \
+             fails leaves the variables as they were."
+        } else {
+            "Run Python code in a fresh interpreter and return what it prints."
+        };
         json!({"type": "function", "function": {
             "name": "code_interpreter",
-            "description": "Run Python code in a fresh interpreter and return what it prints.",
+            "description": description,
             "parameters": {"type": "object",
                 "properties": {"code": {"type": "string", "description": "The Python code to run."}},
                 "required": ["code"]}}})
@@ -52,14 +62,28 @@ impl Tool for CodeInterpreter {
         };
         let fault = |e: InfraError| ToolFault { tool: self.name().to_owned(), cause: e.to_string() };
         let slot = context.clock.stand_still(self.python.admit()).await.map_err(fault)?;
-        let output = slot.run(Snippet { code, seed: context.seed, limits: None }).await.map_err(fault)?;
+        let session = self.stateful.then_some(context.chain);
+        let snippet = Snippet { code, seed: context.seed, limits: None, session };
+        let output = slot.run(snippet).await.map_err(fault)?;
         Ok(observation(&output, self.max_length_chars()))
+    }
+
+    fn chain_ended(&self, chain: &ChainKey) {
+        if self.stateful {
+            self.python.end_session(chain);
+        }
     }
 }
 
-/// The text of a run: its standard output, and after that what went wrong. The latter is kept whole where the
-/// two together are too long.
+/// The text of a run: that its variables are gone, if they are, its standard output, and after that what went wrong. The
+/// latter is kept whole where all together are too long.
 fn observation(output: &RunOutput, max_chars: usize) -> String {
+    let text =
+        what_happened(output, max_chars.saturating_sub(if output.restarted { RESTARTED.len() } else { 0 }));
+    if output.restarted { RESTARTED.to_owned() + &text } else { text }
+}
+
+fn what_happened(output: &RunOutput, max_chars: usize) -> String {
     let problem = match &output.status {
         RunStatus::Success => return output.stdout.clone(),
         RunStatus::Error { message } => message.as_str(),

@@ -86,6 +86,8 @@ pub trait Tool: Send + Sync {
         arguments: &Map<String, Value>,
         context: ToolContext<'_>,
     ) -> Result<String, ToolFault>;
+    /// A chain is over, however it ended: what the tool keeps for it can go. Does not wait.
+    fn chain_ended(&self, _chain: &ChainKey) {}
 }
 
 /// No tool has this name.
@@ -114,14 +116,19 @@ impl ToolSet {
         Self { tools }
     }
 
-    /// The tools of these names (`agent.tools`), running Python with `python`.
+    /// The tools of these names (`agent.tools`), running Python with `python`; `stateful` as
+    /// [`CodeInterpreter::new`] has it.
     ///
     /// # Errors
     /// An unknown name, with the known ones.
-    pub fn by_names<S: AsRef<str>>(names: &[S], python: &Arc<dyn PythonRunner>) -> Result<Self, UnknownTool> {
+    pub fn by_names<S: AsRef<str>>(
+        names: &[S],
+        python: &Arc<dyn PythonRunner>,
+        stateful: bool,
+    ) -> Result<Self, UnknownTool> {
         let tool = |name: &S| -> Result<Arc<dyn Tool>, UnknownTool> {
             match name.as_ref() {
-                "code_interpreter" => Ok(Arc::new(CodeInterpreter::new(python.clone()))),
+                "code_interpreter" => Ok(Arc::new(CodeInterpreter::new(python.clone(), stateful))),
                 other => Err(UnknownTool { name: other.to_owned(), known: TOOL_NAMES.to_vec() }),
             }
         };
@@ -132,6 +139,11 @@ impl ToolSet {
     #[must_use]
     pub fn schemas(&self) -> Vec<Value> {
         self.tools.iter().map(|t| t.schema()).collect()
+    }
+
+    /// A chain is over, however it ended.
+    pub fn chain_ended(&self, chain: &ChainKey) {
+        self.tools.iter().for_each(|tool| tool.chain_ended(chain));
     }
 
     /// Answers a call: by the tool, or by saying what is wrong with the call.

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use agentfly_common::ids::ChainKey;
 use async_trait::async_trait;
 
 /// How a run of Python ended.
@@ -33,6 +34,8 @@ pub struct RunOutput {
     pub stdout: String,
     /// Standard error, cut by the sandbox's own limit.
     pub stderr: String,
+    /// Of a session: its state was lost before this run, which began it anew.
+    pub restarted: bool,
 }
 
 /// The sandbox could not run the code at all.
@@ -63,9 +66,11 @@ pub struct Snippet<'a> {
     pub seed: u64,
     /// Limits of its own; `None` for those that the settings give the policy's code (`sandbox.*`).
     pub limits: Option<RunLimits>,
+    /// The chain whose session it is a turn of: it finds the variables of the turns before it. `None` for a fresh process.
+    pub session: Option<ChainKey>,
 }
 
-/// Runs Python, each run in a fresh process with one namespace, within limits of time and memory.
+/// Runs Python, each run in a process of its own with one namespace, within limits of time and memory.
 #[async_trait]
 pub trait PythonRunner: Send + Sync {
     /// Waits until a sandbox is free, as long as that takes: the caller's deadline bounds it, and its clock stands
@@ -74,6 +79,9 @@ pub trait PythonRunner: Send + Sync {
     /// # Errors
     /// The sandbox itself failed.
     async fn admit(&self) -> Result<Box<dyn PythonSlot>, InfraError>;
+
+    /// Ends a chain's session, if it has one; a turn that runs ends by its limits, and the session with it. Does not wait.
+    fn end_session(&self, _chain: &ChainKey) {}
 }
 
 /// A free sandbox, held for one run.

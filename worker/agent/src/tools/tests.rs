@@ -32,7 +32,7 @@ async fn call(
     run: Result<RunOutput, InfraError>,
 ) -> Result<Observation, ToolFault> {
     let python: Arc<dyn PythonRunner> = Arc::new(Scripted(run));
-    let tools = ToolSet::by_names(&["code_interpreter"], &python).unwrap();
+    let tools = ToolSet::by_names(&["code_interpreter"], &python, false).unwrap();
     let chain = ChainKey { purpose: Purpose::Train, step: 1, group: 0, chain: 0 };
     let hour = Duration::from_secs(3600);
     let clock = Clock::start(hour, Instant::now() + hour);
@@ -41,7 +41,7 @@ async fn call(
 }
 
 async fn ran(status: RunStatus, stdout: &str) -> String {
-    let output = RunOutput { status, stdout: stdout.into(), stderr: "ignored".into() };
+    let output = RunOutput { status, stdout: stdout.into(), stderr: "ignored".into(), restarted: false };
     call("code_interpreter", json!({"code": "…"}), Ok(output)).await.unwrap().text
 }
 
@@ -62,7 +62,14 @@ async fn a_run_shows_what_it_printed_and_then_what_went_wrong() {
 
 #[tokio::test]
 async fn a_bad_call_is_answered_with_what_is_wrong() {
-    let fine = || Ok(RunOutput { status: RunStatus::Success, stdout: "ok".into(), stderr: String::new() });
+    let fine = || {
+        Ok(RunOutput {
+            status: RunStatus::Success,
+            stdout: "ok".into(),
+            stderr: String::new(),
+            restarted: false,
+        })
+    };
     let answer = async |name, arguments| call(name, arguments, fine()).await.unwrap().text;
     assert_eq!(answer("python", json!({})).await, "Unknown tool: python. Available tools: code_interpreter.");
     let tool = "code_interpreter";
@@ -88,8 +95,67 @@ async fn a_sandbox_that_fails_is_a_fault_and_not_an_observation() {
 
 #[test]
 fn an_unknown_tool_name_in_the_configuration_lists_the_known_ones() {
-    let run = Ok(RunOutput { status: RunStatus::Success, stdout: String::new(), stderr: String::new() });
+    let run = Ok(RunOutput {
+        status: RunStatus::Success,
+        stdout: String::new(),
+        stderr: String::new(),
+        restarted: false,
+    });
     let python: Arc<dyn PythonRunner> = Arc::new(Scripted(run));
-    let error = ToolSet::by_names(&["google_search"], &python).err().unwrap().to_string();
+    let error = ToolSet::by_names(&["google_search"], &python, false).err().unwrap().to_string();
     assert!(error.contains("google_search") && error.contains("code_interpreter"), "{error}");
+}
+
+/// Notes what it is asked, and has always just lost its state.
+#[derive(Clone, Default)]
+struct Notes(Arc<std::sync::Mutex<Vec<String>>>);
+
+#[async_trait]
+impl PythonRunner for Notes {
+    async fn admit(&self) -> Result<Box<dyn PythonSlot>, InfraError> {
+        Ok(Box::new(self.clone()))
+    }
+
+    fn end_session(&self, chain: &ChainKey) {
+        self.0.lock().unwrap().push(format!("end {chain}"));
+    }
+}
+
+#[async_trait]
+impl PythonSlot for Notes {
+    async fn run(self: Box<Self>, snippet: Snippet<'_>) -> Result<RunOutput, InfraError> {
+        self.0.lock().unwrap().push(format!("run {:?}", snippet.session.map(|chain| chain.to_string())));
+        let stdout = "x".repeat(3000);
+        Ok(RunOutput { status: RunStatus::TimedOut, stdout, stderr: String::new(), restarted: true })
+    }
+}
+
+#[tokio::test]
+async fn a_stateful_interpreter_has_a_session_for_each_chain_and_says_when_its_variables_are_gone() {
+    let chain = ChainKey { purpose: Purpose::Train, step: 1, group: 0, chain: 7 };
+    let hour = Duration::from_secs(3600);
+    let clock = Clock::start(hour, Instant::now() + hour);
+    let context = ToolContext { chain, turn: 0, seed: 0, clock: &clock };
+    let asked = async |stateful| {
+        let notes = Notes::default();
+        let python: Arc<dyn PythonRunner> = Arc::new(notes.clone());
+        let tools = ToolSet::by_names(&["code_interpreter"], &python, stateful).unwrap();
+        let call = ToolCall { name: "code_interpreter".into(), arguments: json!({"code": "x"}) };
+        let text = tools.call(&call, context).await.unwrap().text;
+        tools.chain_ended(&chain);
+        let described = tools.schemas()[0]["function"]["description"].to_string();
+        let asked = notes.0.lock().unwrap().clone();
+        (asked, text, described)
+    };
+    let (fresh, _, described) = asked(false).await;
+    assert_eq!(fresh, ["run None"]);
+    assert!(described.contains("a fresh interpreter"));
+    let (kept, text, described) = asked(true).await;
+    assert_eq!(kept, [format!("run Some(\"{chain}\")"), format!("end {chain}")]);
+    assert!(described.contains("earlier calls are still there"));
+    assert!(
+        text.starts_with("The interpreter was restarted: variables of earlier calls are gone.\nxxx"),
+        "{text}"
+    );
+    assert!(text.ends_with("x\nExecution timed out") && text.chars().count() == 2048, "{text}");
 }

@@ -48,7 +48,9 @@ pub(super) fn sequences(operation: &'static str, starts: &[i64], rows: i64) -> R
     let count = starts.len().saturating_sub(1);
     let ends = (starts.first(), starts.last());
     let sound = count > 0 && ends == (Some(&0), Some(&rows));
-    expect(operation, sound, || format!("{count} sequences from {ends:?} of {rows} rows, not from 0 to their end"))?;
+    expect(operation, sound, || {
+        format!("{count} sequences from {ends:?} of {rows} rows, not from 0 to their end")
+    })?;
     let empty = starts.windows(2).position(|pair| pair[0] >= pair[1]);
     expect(operation, empty.is_none(), || {
         let s = empty.unwrap_or_default();

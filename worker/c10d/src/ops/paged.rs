@@ -156,7 +156,9 @@ pub(super) fn check<'a>(
     let overwritten = full.into_iter().find(|p| written.contains(p));
     expect(operation, overwritten.is_none(), || {
         let page = overwritten.unwrap_or_default();
-        format!("page {page} is full in one chain's table and would be written to in another's, of {count} chains")
+        format!(
+            "page {page} is full in one chain's table and would be written to in another's, of {count} chains"
+        )
     })?;
     Ok(all)
 }

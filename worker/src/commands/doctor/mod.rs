@@ -46,7 +46,7 @@ const EXAMPLES: &str = "\
 Examples:
   worker doctor
   worker doctor --model deploy/models/tiny --num-ranks 2
-  worker doctor --model Qwen/Qwen2.5-3B-Instruct --dtype bf16 actor_rollout_ref.rollout.max_model_len=4096
+  worker doctor --model Qwen/Qwen2.5-3B-Instruct --dtype bf16 trainer.n_gpus_per_node=8
 
 Ends with a non-zero code where something is missing or does not fit, and says what would.";
 
