@@ -9,7 +9,7 @@ use agentfly_policy::environment::with_environment_for_libtorch;
 use agentfly_proto::v1::RankId;
 use clap::{Args, Parser, Subcommand};
 
-use crate::commands::{doctor, generate, score, warmup};
+use crate::commands::{doctor, generate, sandbox, score, warmup};
 use crate::connection::{join_token, own_address_towards};
 use crate::node::{DeviceRequest, NodeOptions};
 use crate::process::die_with_parent;
@@ -76,6 +76,8 @@ enum Command {
     Warmup(warmup::WarmupArgs),
     /// Show what this machine has, and whether a job fits its memory
     Doctor(doctor::DoctorArgs),
+    /// Run Python in the sandbox, or serve it over HTTP as AgentFly's code interpreter
+    Sandbox(sandbox::SandboxArgs),
     /// One device's process; started by the node
     #[command(hide = true)]
     Rank(RankArgs),
@@ -108,7 +110,7 @@ pub fn main() -> ExitCode {
     agentfly_common::shutdown::end_quietly_on_closed_pipe();
     let cli = Cli::parse();
     let computes = matches!(cli.command, Some(Command::Score(_) | Command::Generate(_) | Command::Warmup(_)));
-    let by_hand = computes || matches!(cli.command, Some(Command::Doctor(_)));
+    let by_hand = computes || matches!(cli.command, Some(Command::Doctor(_) | Command::Sandbox(_)));
     let ready = || {
         if computes {
             with_environment_for_libtorch()?;
@@ -118,12 +120,18 @@ pub fn main() -> ExitCode {
         }
         anyhow::Ok(())
     };
-    ExitCode::from(conclude(ready().and_then(|()| dispatch(cli))))
+    ExitCode::from(conclude(ready().and_then(|()| match cli.command {
+        Some(Command::Sandbox(args)) => sandbox::run(&args),
+        _ => dispatch(cli).map(|()| 0),
+    })))
 }
 
-/// Says what went wrong, if anything; the exit code says who must act.
-fn conclude(ended: anyhow::Result<()>) -> u8 {
-    let Err(error) = ended else { return 0 };
+/// Says what went wrong, if anything; the exit code says who must act. Else it is the given one.
+fn conclude(ended: anyhow::Result<u8>) -> u8 {
+    let error = match ended {
+        Ok(code) => return code,
+        Err(error) => error,
+    };
     eprintln!("error: {error:#}");
     error.downcast_ref::<RankError>().map_or(Whose::Operator, |error| error.whose).exit_code()
 }
@@ -134,6 +142,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Some(Command::Generate(args)) => generate::run(&args),
         Some(Command::Warmup(args)) => warmup::run(&args),
         Some(Command::Doctor(args)) => doctor::run(&args),
+        Some(Command::Sandbox(args)) => sandbox::run(&args).map(|_| ()),
         Some(Command::Rank(args)) => {
             die_with_parent(args.parent_pid)?;
             let spans = init_gathering(LogTo::Stderr, "info")?;
@@ -150,7 +159,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             };
             let ended = block_on(crate::rank::run(options));
             // The device thread may be in the middle of a step: leave without libtorch's destructors.
-            agentfly_c10d::exit_at_once(conclude(ended))
+            agentfly_c10d::exit_at_once(conclude(ended.map(|()| 0)))
         }
         None => {
             if let Some(parent) = cli.join.die_with_parent {

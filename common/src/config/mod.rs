@@ -152,7 +152,7 @@ fn expectation(kind: figment::error::Kind) -> String {
     let plain = match expected.as_str() {
         "u16" => "a whole number, 0 to 65535",
         "u32" => "a whole number, 0 to 4294967295",
-        "u64" => "a whole number, 0 or more",
+        "u64" => "a whole number, 0 to 18446744073709551615",
         "i32" | "i64" => "a whole number",
         "f32" | "f64" => "a number",
         "a boolean" => "True or False",

@@ -130,6 +130,10 @@ impl ModelConfig {
     /// # Errors
     /// Names the file, the key, its value and what is supported.
     pub fn from_dir(dir: &Path) -> Result<Self, ModelDirError> {
+        if !dir.is_dir() {
+            let reason = "is no folder; a model is a Hugging Face directory, or a hub name as org/name";
+            return Err(ModelDirError::malformed(dir, reason));
+        }
         let path = dir.join("config.json");
         let below = dir.join("huggingface");
         if !path.exists() && below.join("config.json").exists() {

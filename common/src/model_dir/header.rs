@@ -20,6 +20,11 @@ pub(super) const LENGTH_BYTES: u64 = 8;
 
 /// Length of the header as the file's `first` bytes announce it.
 pub(super) fn header_bytes(first: [u8; LENGTH_BYTES as usize], file_bytes: u64) -> Result<u64, String> {
+    if first == *b"version " {
+        return Err(
+            "is a Git-LFS pointer and not the weights themselves; fetch those with `git lfs pull`".to_owned()
+        );
+    }
     let length = u64::from_le_bytes(first);
     let room = file_bytes.checked_sub(LENGTH_BYTES);
     if room.is_none_or(|room| length > MAX_HEADER_BYTES.min(room)) {

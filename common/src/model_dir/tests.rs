@@ -195,6 +195,9 @@ fn what_is_no_safetensors_file_is_said_to_be_none() {
     }
     assert_says(&refusal_of_header("[1, 2]", 0), &["has no safetensors header: invalid type: sequence"]);
     assert_says(&refusal_of_header(&"[".repeat(5_000), 0), &["has no safetensors header"]);
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n";
+    std::fs::write(weights(&dir), pointer).unwrap();
+    assert_says(&refusal(&dir), &["model.safetensors: is a Git-LFS pointer", "git lfs pull"]);
     std::fs::remove_file(weights(&dir)).unwrap();
     assert_says(&refusal(&dir), &["model.safetensors: is not there", "holds no weights"]);
     std::fs::write(dir.path().join("pytorch_model.bin"), "a pickle").unwrap();

@@ -69,6 +69,6 @@ mod zygote;
 
 pub use error::SandboxError;
 pub use limits::{Limits, SandboxConfig};
-pub use outcome::{Outcome, Status, run_json};
+pub use outcome::{Outcome, Status};
 pub use pool::{Sandbox, Snippet, Turn};
 pub use probe::Tier;

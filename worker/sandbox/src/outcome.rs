@@ -45,12 +45,12 @@ pub struct Outcome {
     pub output_truncated: bool,
 }
 
-/// One line of JSON for command lines and logs.
-///
-/// # Errors
-/// Never for an outcome of this crate (its numbers are finite); the signature is serde's.
-pub fn run_json(outcome: &Outcome) -> serde_json::Result<String> {
-    serde_json::to_string(outcome)
+impl Outcome {
+    /// What an uncaught exception's traceback ends with, `TypeName: message`; a default where nothing was written.
+    #[must_use]
+    pub fn last_line_of_stderr(&self) -> &str {
+        self.stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("exited with an error")
+    }
 }
 
 /// Captured bytes as text. A character cut in two by the limit is left out, any other bad byte becomes U+FFFD.
@@ -82,7 +82,7 @@ mod tests {
             peak_bytes: 7,
             output_truncated: true,
         };
-        let text = run_json(&outcome).expect("serialises");
+        let text = serde_json::to_string(&outcome).expect("serialises");
         assert_eq!(
             text,
             r#"{"status":"output_limit","stdout":"x\n","stderr":"","exit_code":null,"seconds":0.5,"peak_bytes":7,"output_truncated":true}"#

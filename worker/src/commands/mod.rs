@@ -1,7 +1,8 @@
-//! What `worker` does by hand, without a coordinator: score, generate, warm-up, doctor.
+//! What `worker` does by hand, without a coordinator: score, generate, warm-up, doctor, sandbox.
 
 pub mod doctor;
 pub mod generate;
+pub mod sandbox;
 pub mod score;
 pub mod warmup;
 

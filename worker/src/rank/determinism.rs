@@ -16,7 +16,7 @@ use anyhow::ensure;
 ///
 /// # Errors
 /// A model that cannot be read, or a place, precision or width of which the job cannot have what it asks for.
-pub(super) fn check(
+pub(crate) fn check(
     place: Place,
     config: &Config,
     model_dir: &Path,

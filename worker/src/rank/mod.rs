@@ -8,7 +8,7 @@
 
 mod activity;
 mod checkpoint;
-mod determinism;
+pub(crate) mod determinism;
 mod generator;
 mod job;
 mod learner_config;

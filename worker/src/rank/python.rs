@@ -123,7 +123,7 @@ impl PythonSlot for FreeSlot {
         let Turn { outcome, restarted, .. } = ended.map_err(fault)?.map_err(fault)?;
         let status = match outcome.status {
             Status::Ok => RunStatus::Success,
-            Status::Error => RunStatus::Error { message: last_line(&outcome.stderr) },
+            Status::Error => RunStatus::Error { message: outcome.last_line_of_stderr().to_owned() },
             Status::Timeout => RunStatus::TimedOut,
             Status::Memory => RunStatus::MemoryExceeded,
             Status::OutputLimit => {
@@ -133,11 +133,6 @@ impl PythonSlot for FreeSlot {
         };
         Ok(RunOutput { status, stdout: outcome.stdout, stderr: outcome.stderr, restarted })
     }
-}
-
-/// A traceback ends with `TypeName: message`.
-fn last_line(stderr: &str) -> String {
-    stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("exited with an error").to_owned()
 }
 
 #[cfg(test)]

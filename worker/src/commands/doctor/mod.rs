@@ -14,6 +14,7 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use super::DtypeArg;
+use crate::rank::determinism;
 use crate::rank::memory::{dtype, machine};
 use facts::Facts;
 
@@ -125,7 +126,9 @@ fn examine(args: &DoctorArgs, facts: &Facts) -> anyhow::Result<Option<JobReport>
     let ranks = config.trainer.n_gpus_per_node;
     let usable = if cuda_built() { facts.gpus.len() } else { 0 };
     let place = if ranks as usize <= usable { Place::Cuda(0) } else { Place::Cpu };
-    let work = Workload::of(config, &model, dtype(config).precision(&model, place));
+    let precision = dtype(config).precision(&model, place);
+    determinism::check(place, config, &dir, precision)?;
+    let work = Workload::of(config, &model, precision);
     let found = machine(place, ranks, (facts.cores / ranks.max(1)).max(1));
     let plan = plan(&work, &found.machine)?;
     Ok(Some(JobReport {
