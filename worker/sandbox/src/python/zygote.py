@@ -172,6 +172,7 @@ for own in ("isolation", "script", "session"):
 control_socket = socket.socket(fileno=CONTROL)
 gc.collect()
 gc.freeze()
+isolation.use_huge_pages()
 IMAGE_ADDRESS_BYTES = kibibytes("/proc/self/status", "VmSize:")
 # Anonymous memory alone: each child starts with all of it, but with no more of the libraries' pages than it touches, and
 # how many of those are resident here depends on the page cache of the moment.
