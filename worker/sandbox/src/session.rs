@@ -105,14 +105,22 @@ impl Session {
                 Some(Reply::TurnEnded { wait_status, max_rss_bytes, kept, .. }) => {
                     (End { wait_status, max_rss_bytes, cpu_microseconds: 0 }, kept, true)
                 }
-                _ => {
-                    (End { wait_status: libc::SIGKILL, max_rss_bytes: 0, cpu_microseconds: 0 }, false, false)
-                }
+                _ => (self.end_of_all()?, false, false),
             };
             let image_bytes = self.zygote.image_bytes;
             let outcome = outcome_of(capture, &end, ended_by, limits, watcher.peak_bytes, image_bytes, start);
             Ok(Ended { outcome, kept, alive })
         }))
+    }
+
+    /// How the session ended that a turn has taken with it, or an operator.
+    fn end_of_all(&self) -> Result<End, SandboxError> {
+        let _ = rustix::process::pidfd_send_signal(&self.process, Signal::KILL); // where it does not answer
+        match self.events.recv_timeout(END_DEADLINE) {
+            Ok(_) => Ok(End { wait_status: libc::SIGKILL, max_rss_bytes: 0, cpu_microseconds: 0 }),
+            // The zygote has ended and everything with it: that is no doing of the code's.
+            Err(_) => Err(SandboxError::ZygoteLost),
+        }
     }
 
     /// Memory that it holds between turns, beyond the warm image that it shares with its zygote.

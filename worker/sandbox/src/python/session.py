@@ -200,10 +200,11 @@ def be_head(channel, clone, programs, seed):
     isolation.check(isolation.libc.prctl(isolation.PR_SET_DUMPABLE, 1, 0, 0, 0), "dumpable")
     isolation.forbid(programs)
     script.seed_everything(seed)
-    namespace = script.new_namespace()
+    namespace, on_child = script.new_namespace(), signal.SIG_DFL
     while True:
         number, flags, code, channel = next_turn(channel, clone)
         me = os.getpid()
+        signal.signal(signal.SIGCHLD, on_child)
         exit_code = script.run(code, namespace, f"<turn {number}>", flags & ECHO)
         script.settle(other.join for other in threading.enumerate() if waits_for(other))
         if os.getpid() != me:
@@ -211,7 +212,19 @@ def be_head(channel, clone, programs, seed):
         nothing = os.open("/dev/null", os.O_WRONLY)
         script.connect(nothing, nothing)
         os.close(nothing)
+        on_child = leave_no_zombies()
         channel.send(NOTE.pack(DONE, exit_code))
+
+
+def leave_no_zombies():
+    """Has the kernel reap this head's children, which are about to be ended. Returns what the code had done with them."""
+    on_child = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass
+    except ChildProcessError:
+        pass
+    return signal.SIG_DFL if on_child is None else on_child
 
 
 def waits_for(thread):
