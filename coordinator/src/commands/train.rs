@@ -126,6 +126,13 @@ async fn start_head(config: &Config) -> Outcome<Head> {
     let ranks = config.world_size();
     let worker = WorkerOptions::beside_this_program(None, Devices::Ranks(ranks))?;
     println!("no head is running: starting one for this job, with a worker for {ranks} ranks");
+    if config.trainer.nnodes > 1 {
+        println!(
+            "  trainer.nnodes={}: without a head of its own the cluster is this machine, and all ranks share it; start \
+             `coordinator --head` and `worker --join` on the others to spread them",
+            config.trainer.nnodes
+        );
+    }
     let options = HeadOptions {
         ip: IpAddr::from([127, 0, 0, 1]),
         port: 0,

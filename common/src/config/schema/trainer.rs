@@ -67,7 +67,11 @@ impl Trainer {
         checks.at_least_one("trainer.n_gpus_per_node", self.n_gpus_per_node);
         checks.at_least_one("trainer.nnodes", self.nnodes);
         let countable = self.n_gpus_per_node.checked_mul(self.nnodes).is_some_and(|ranks| ranks <= 1 << 16);
-        checks.that("trainer.nnodes", countable, "more than 65536 ranks");
+        let (key, problem) = match self.nnodes {
+            1 => ("trainer.n_gpus_per_node", "more than 65536 ranks"),
+            _ => ("trainer.nnodes", "more than 65536 ranks, with trainer.n_gpus_per_node on each"),
+        };
+        checks.that(key, countable, problem);
         checks.that(
             "trainer.total_training_steps",
             self.total_training_steps != Some(0),
