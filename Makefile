@@ -48,6 +48,13 @@ bench-memory: build ## Hold the memory plan of a rank against the kernel's count
 	@[ "$(BENCH_MODEL)" != smollm2 ] || [ -f deploy/models/smollm2/config.json ] || $(MAKE) --no-print-directory smollm2
 	MODEL=$(if $(filter smollm2,$(BENCH_MODEL)),deploy/models/smollm2,$(BENCH_MODEL)) BIN=$(BIN) python3 deploy/bench/memory.py
 
+bench-sandbox: build ## Measure the sandbox beside a plain interpreter, bubblewrap and AgentFly's way (minutes)
+	cargo build --release --locked -p agentfly-sandbox --example bench
+	python3 deploy/bench/bench_sandbox.py
+
+soak-sandbox: setup ## SNIPPETS=20000 snippets of every kind, and nothing may be left of them (minutes)
+	cargo run --release --locked -q -p agentfly-sandbox --example soak $(or $(SNIPPETS),20000)
+
 bench-setup: ## Install the peers that bench-engine measures: transformers, TRL, vLLM (12 GB, once)
 	@deploy/bench/setup.sh
 
@@ -78,4 +85,4 @@ tiny-model: build ## Make deploy/models/tiny again: tokenizer, demonstrations, s
 clean: ## Remove what was built (not what was fetched, not your runs)
 	cargo clean
 
-.PHONY: help setup build train test lint bench bench-engine bench-memory bench-setup parity deny check-cuda smollm2 data tiny-model clean
+.PHONY: help setup build train test lint bench bench-engine bench-sandbox soak-sandbox bench-memory bench-setup parity deny check-cuda smollm2 data tiny-model clean
