@@ -89,7 +89,9 @@ pub struct SandboxBytes {
     pub slots: u32,
     /// What the plan leaves them: a warm interpreter, and calls that hold little.
     pub kept_free: u64,
-    /// What they hold if every call reaches `sandbox.memory_mb`.
+    /// What chains may hold between their calls (`sandbox.idle_sessions_mb`).
+    pub idle: u64,
+    /// What they hold if every call reaches `sandbox.memory_mb`, and what is idle its limit.
     pub at_most: u64,
 }
 
@@ -97,8 +99,9 @@ pub struct SandboxBytes {
 pub(super) fn sandbox_bytes(work: &Workload<'_>, machine: &Machine) -> SandboxBytes {
     let slots = work.sandbox.slots(machine.threads);
     let all = |a_call: u64| a_call.saturating_mul(u64::from(slots)).saturating_add(INTERPRETER_BYTES);
-    let (kept_free, at_most) = (all(CALL_BYTES.min(work.sandbox.limit_bytes)), all(work.sandbox.limit_bytes));
-    SandboxBytes { slots, kept_free, at_most }
+    let idle = work.sandbox.idle_bytes;
+    let at_most = all(work.sandbox.limit_bytes).saturating_add(idle);
+    SandboxBytes { slots, kept_free: all(CALL_BYTES.min(work.sandbox.limit_bytes)), idle, at_most }
 }
 
 /// Number of weights.

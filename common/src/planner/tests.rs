@@ -48,7 +48,7 @@ fn work(model: &ModelConfig) -> Workload<'_> {
         chains: 64,
         micro_batch: MicroBatch::Planned,
         may_recompute: true,
-        sandbox: SandboxRoom { slots: None, limit_bytes: GIB },
+        sandbox: SandboxRoom { slots: None, limit_bytes: GIB, idle_bytes: 0 },
     }
 }
 
@@ -144,15 +144,20 @@ fn a_jobs_settings_say_who_holds_what() {
     assert!(of(&[]).may_recompute);
     assert!(!of(&["actor_rollout_ref.model.enable_gradient_checkpointing=False"]).may_recompute);
     let sandbox = of(&["sandbox.slots=3", "sandbox.memory_mb=256"]).sandbox;
-    assert_eq!(sandbox, SandboxRoom { slots: Some(3), limit_bytes: 256 << 20 });
+    assert_eq!(sandbox, SandboxRoom { slots: Some(3), limit_bytes: 256 << 20, idle_bytes: 0 });
+    let idle = |given: &[&str]| of(given).sandbox.idle_bytes;
+    assert_eq!(idle(&["sandbox.idle_sessions_mb=7"]), 0, "each call begins afresh");
+    assert_eq!(idle(&["sandbox.idle_sessions_mb=7", "sandbox.stateful=True"]), 7 << 20);
 }
 
 #[test]
 fn the_sandbox_has_its_share_of_the_node_and_its_limit_is_held_against_it() {
     let model = small();
-    let with =
-        |slots| Workload { sandbox: SandboxRoom { slots: Some(slots), limit_bytes: GIB }, ..work(&model) };
-    let (few, many) = (plan(&with(1), &cpu(24, 2)).unwrap(), plan(&with(33), &cpu(24, 2)).unwrap());
+    let with = |slots, idle_bytes| {
+        let sandbox = SandboxRoom { slots: Some(slots), limit_bytes: GIB, idle_bytes };
+        plan(&Workload { sandbox, ..work(&model) }, &cpu(24, 2)).unwrap()
+    };
+    let (few, many) = (with(1, 0), with(33, 0));
     assert_eq!(few.budget_bytes.unwrap() - many.budget_bytes.unwrap(), GIB, "32 MiB a call");
     let told =
         |plan: &Plan| plan.in_words().into_iter().find(|line| line.contains("sandbox.memory_mb")).unwrap();
@@ -162,6 +167,13 @@ fn the_sandbox_has_its_share_of_the_node_and_its_limit_is_held_against_it() {
         "{}",
         told(&many)
     );
+    let stateful = with(1, 20 * GIB);
+    assert_eq!(stateful.sandbox.at_most - few.sandbox.at_most, 20 * GIB);
+    for part in
+        ["chains between their calls", "no room: lower sandbox.slots, sandbox.memory_mb or sandbox.idle_"]
+    {
+        assert!(told(&stateful).contains(part), "{}", told(&stateful));
+    }
 }
 
 #[test]

@@ -104,10 +104,17 @@ impl Plan {
             bytes_in_words(self.sandbox.kept_free),
             bytes_in_words(most)
         );
+        if self.sandbox.idle > 0 {
+            words.push_str(" and chains between their calls sandbox.idle_sessions_mb");
+        }
         let with_tools = self.peak_bytes().saturating_add(most).saturating_mul(u64::from(self.ranks.max(1)));
         if self.kind == DeviceKind::Cpu && self.memory_bytes.is_some_and(|memory| with_tools > memory) {
             words.push_str(
-                ", for which there is no room: lower sandbox.slots or sandbox.memory_mb to be safe",
+                if self.sandbox.idle > 0 {
+                    ", for which there is no room: lower sandbox.slots, sandbox.memory_mb or sandbox.idle_sessions_mb to be safe"
+                } else {
+                    ", for which there is no room: lower sandbox.slots or sandbox.memory_mb to be safe"
+                },
             );
         }
         words

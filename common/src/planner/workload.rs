@@ -63,6 +63,8 @@ pub struct SandboxRoom {
     pub slots: Option<u32>,
     /// The limit of a call.
     pub limit_bytes: u64,
+    /// What chains may hold between their calls; 0 where each call begins afresh.
+    pub idle_bytes: u64,
 }
 
 impl SandboxRoom {
@@ -131,7 +133,11 @@ impl<'a> Workload<'a> {
             chains: rollout.max_num_seqs.min(at_a_time).max(1),
             micro_batch: micro_batch(&config.actor_rollout_ref.actor),
             may_recompute: config.actor_rollout_ref.model.enable_gradient_checkpointing,
-            sandbox: SandboxRoom { slots: config.sandbox.slots, limit_bytes: config.sandbox.memory_bytes() },
+            sandbox: SandboxRoom {
+                slots: config.sandbox.slots,
+                limit_bytes: config.sandbox.memory_bytes(),
+                idle_bytes: if config.sandbox.stateful { config.sandbox.idle_session_bytes() } else { 0 },
+            },
         }
     }
 }
