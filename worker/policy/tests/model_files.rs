@@ -128,7 +128,7 @@ fn faults_in_the_weights_name_the_file_the_tensor_and_the_shapes() {
     assert!(said.contains("is no safetensors file"), "{said}");
     std::fs::remove_file(&weights).unwrap();
     let said = load(dir.path()).unwrap_err();
-    assert!(said.contains("cannot open") && said.contains("model.safetensors"), "{said}");
+    assert!(said.contains("model.safetensors: is not there"), "{said}");
 }
 
 #[test]
@@ -143,7 +143,7 @@ fn misshapen_input_is_an_error_and_not_a_panic() {
         (floats.shallow_clone(), floats, packed(&[0, 3]), "Float on Cpu"),
         (flat.shallow_clone(), flat.narrow(0, 0, 2), packed(&[0, 3]), "positions: got [2]"),
         (outside, flat.shallow_clone(), packed(&[0, 3]), "index out of range"),
-        (flat.shallow_clone(), flat.shallow_clone(), packed(&[0, 2]), "rows: 2"),
+        (flat.shallow_clone(), flat.shallow_clone(), packed(&[0, 2]), "of 2 rows"),
     ] {
         let said = decoder.hidden(&ids, &positions, Attention::Packed(&packed)).unwrap_err().to_string();
         assert!(said.contains(needle) && !said.contains('\n'), "{said}");

@@ -122,14 +122,12 @@ impl PythonRunner for Prints {
 #[async_trait]
 impl PythonSlot for Prints {
     async fn run(self: Box<Self>, _snippet: Snippet<'_>) -> Result<RunOutput, InfraError> {
-        let output = |stdout| RunOutput {
-            status: RunStatus::Success,
-            stdout,
-            stderr: String::new(),
-            restarted: false,
-        };
-        self.0.map(output)
+        self.0.map(ran)
     }
+}
+
+fn ran(stdout: String) -> RunOutput {
+    RunOutput { status: RunStatus::Success, stdout, stderr: String::new(), restarted: false }
 }
 
 /// A sandbox with few places, where every run takes its time and then prints the same.
@@ -167,12 +165,7 @@ impl PythonSlot for Place {
     async fn run(self: Box<Self>, _snippet: Snippet<'_>) -> Result<RunOutput, InfraError> {
         self.runs.fetch_add(1, Ordering::Relaxed);
         sleep(self.takes).await;
-        Ok(RunOutput {
-            status: RunStatus::Success,
-            stdout: self.prints.to_owned(),
-            stderr: String::new(),
-            restarted: false,
-        })
+        Ok(ran(self.prints.to_owned()))
     }
 }
 
