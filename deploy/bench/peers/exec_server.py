@@ -26,6 +26,7 @@ class Exec(BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a client that keeps its connection waits 40 ms for the second part of an answer
 
     def do_POST(self) -> None:  # noqa: N802 (the base class's name)
         """Runs the code of a request."""

@@ -6,7 +6,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -68,7 +68,7 @@ impl Session {
         let session = Self { zygote, call, events, process, process_id, socket };
         match session.receive(SPAWN_DEADLINE)? {
             Some(Reply::Begun) => Ok(session),
-            _ => Err(session.why_it_did_not_begin().into()),
+            _ => Err(session.why_it_did_not_begin()),
         }
     }
 
@@ -141,12 +141,17 @@ impl Session {
         Ok(Reply::receive(self.socket.as_fd()).ok().flatten().map(|(reply, _)| reply))
     }
 
-    fn why_it_did_not_begin(&self) -> SandboxError {
-        let told = self.events.recv_timeout(Duration::from_millis(200));
-        SandboxError::Setup(match told {
+    fn why_it_did_not_begin(&self) -> Fault {
+        let text = match self.events.recv_timeout(Duration::from_millis(200)) {
             Ok((Reply::Fault { text, .. }, _)) => text,
+            // None of its code has run.
+            Err(RecvTimeoutError::Disconnected) => return Fault::NotStarted,
+            Ok((Reply::Exited { wait_status, .. }, _)) => {
+                format!("a session ended before its first turn (wait status {wait_status})")
+            }
             _ => format!("a session did not begin within {SPAWN_DEADLINE:?}"),
-        })
+        };
+        SandboxError::Setup(text).into()
     }
 }
 
