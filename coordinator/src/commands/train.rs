@@ -70,10 +70,10 @@ pub(super) async fn run(args: TrainArgs) -> Outcome<ExitCode> {
     outcome
 }
 
-/// Removes what a head for one job wrote for itself; after a failure says where it lies.
+/// Removes what a head for one job wrote for itself, but its worker's log after a failure: of that it says where it lies.
 fn tidy(leftovers: &[PathBuf], went_well: bool) {
     for path in leftovers {
-        if !went_well {
+        if !went_well && path.is_file() {
             eprintln!("log: {}", path.display());
             continue;
         }

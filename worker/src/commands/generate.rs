@@ -45,7 +45,7 @@ pub struct GenerateArgs {
     #[arg(long)]
     top_k: Option<u32>,
     /// Longest answer, tokens
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: u32,
     /// Seed of the random stream
     #[arg(long, default_value_t = 0)]
