@@ -15,8 +15,8 @@ Examples:
   echo 'print(6 * 7)' | worker sandbox run - --json
   worker sandbox run define.py use.py --stateful        # use.py finds what define.py defined
 
-Ends with the exit code of the first file that fails: its own, 128 and the signal's number, 124 where a time limit ended
-it, 137 where memory, output or an operator did.";
+Ends with the exit code of the first file that fails: its own, 128 and the signal's number,
+124 where a time limit ended it, 137 where memory, output or an operator did.";
 
 /// The code a shell knows for a time limit: timeout(1)'s.
 const TIMED_OUT: u8 = 124;

@@ -31,8 +31,9 @@ Examples:
   curl -s localhost:8000/exec -H 'content-type: application/json' -d '{\"code\": \"print(6 * 7)\"}'
   worker sandbox serve --listen 0.0.0.0:8000 --token-file token.txt   # authorization: Bearer …
 
-POST /exec {\"code\"} answers 200 {\"output\"}, or 400 (an error, the memory or output limit) and 408 (a time limit) with {\"detail\",
-\"output\"}: AgentFly's texts, and what was printed before. GET /health answers 200. Ctrl-C ends it with all its processes.";
+POST /exec {\"code\"} answers 200 {\"output\"}, or 400 (an error, the memory or output limit)
+and 408 (a time limit) with {\"detail\", \"output\"}: AgentFly's texts, and what was printed
+before. GET /health answers 200. Ctrl-C ends it with all its processes.";
 
 /// AgentFly's texts.
 const TIMED_OUT: &str = "Execution timed out";
