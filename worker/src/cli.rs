@@ -120,10 +120,7 @@ pub fn main() -> ExitCode {
         }
         anyhow::Ok(())
     };
-    ExitCode::from(conclude(ready().and_then(|()| match cli.command {
-        Some(Command::Sandbox(args)) => sandbox::run(&args),
-        _ => dispatch(cli).map(|()| 0),
-    })))
+    ExitCode::from(conclude(ready().and_then(|()| dispatch(cli))))
 }
 
 /// Says what went wrong, if anything; the exit code says who must act. Else it is the given one.
@@ -136,13 +133,14 @@ fn conclude(ended: anyhow::Result<u8>) -> u8 {
     error.downcast_ref::<RankError>().map_or(Whose::Operator, |error| error.whose).exit_code()
 }
 
-fn dispatch(cli: Cli) -> anyhow::Result<()> {
+/// Does what was asked. The exit code is 0, or that of the code that `sandbox run` ran.
+fn dispatch(cli: Cli) -> anyhow::Result<u8> {
     match cli.command {
-        Some(Command::Score(args)) => score::run(&args),
-        Some(Command::Generate(args)) => generate::run(&args),
-        Some(Command::Warmup(args)) => warmup::run(&args),
-        Some(Command::Doctor(args)) => doctor::run(&args),
-        Some(Command::Sandbox(args)) => sandbox::run(&args).map(|_| ()),
+        Some(Command::Score(args)) => score::run(&args).map(|()| 0),
+        Some(Command::Generate(args)) => generate::run(&args).map(|()| 0),
+        Some(Command::Warmup(args)) => warmup::run(&args).map(|()| 0),
+        Some(Command::Doctor(args)) => doctor::run(&args).map(|()| 0),
+        Some(Command::Sandbox(args)) => sandbox::run(&args),
         Some(Command::Rank(args)) => {
             die_with_parent(args.parent_pid)?;
             let spans = init_gathering(LogTo::Stderr, "info")?;
@@ -180,7 +178,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
                 cpus: cli.join.num_cpus,
                 address,
             };
-            block_on(crate::node::run(options))
+            block_on(crate::node::run(options)).map(|()| 0)
         }
     }
 }

@@ -5,12 +5,16 @@
 //! dropped for room; now and then a zygote is killed. Fails if a process or a zombie is left, if descriptors or mounts pile
 //! up, or if memory grows.
 
+#[path = "../tests/common/mod.rs"]
+mod common;
+
 use std::fs;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use agentfly_sandbox::{Limits, Sandbox, SandboxConfig, SandboxError, Snippet, Status};
+use common::children;
 
 /// (program, how it may end). The last ones are rare: they wait for a limit.
 const PROGRAMS: &[(&str, &[Status])] = &[
@@ -212,15 +216,4 @@ fn look() -> Look {
         zombies: seen.iter().filter(|process| of(&status(process), "State:").as_deref() == Some("Z")).count(),
         mounts: fs::read_to_string("/proc/self/mounts").map_or(0, |text| text.lines().count()),
     }
-}
-
-fn children(process: u32) -> Vec<u32> {
-    let Ok(threads) = fs::read_dir(format!("/proc/{process}/task")) else {
-        return Vec::new();
-    };
-    threads
-        .flatten()
-        .map(|thread| fs::read_to_string(thread.path().join("children")).unwrap_or_default())
-        .flat_map(|line| line.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<_>>())
-        .collect()
 }

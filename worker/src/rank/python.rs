@@ -9,7 +9,7 @@ use std::sync::Arc;
 use agentfly_agent::tools::{InfraError, PythonRunner, PythonSlot, RunLimits, RunOutput, RunStatus, Snippet};
 use agentfly_common::config::Config;
 use agentfly_common::ids::ChainKey;
-use agentfly_sandbox::{Limits, Sandbox, SandboxConfig, Status, Turn};
+use agentfly_sandbox::{Limits, Outcome, Sandbox, SandboxConfig, Status, Turn};
 use anyhow::Context as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -121,17 +121,21 @@ impl PythonSlot for FreeSlot {
         blocking.spawn_blocking(run);
         let ended = blocking.join_next().await.ok_or_else(|| fault("no run was started"))?;
         let Turn { outcome, restarted, .. } = ended.map_err(fault)?.map_err(fault)?;
-        let status = match outcome.status {
-            Status::Ok => RunStatus::Success,
-            Status::Error => RunStatus::Error { message: outcome.last_line_of_stderr().to_owned() },
-            Status::Timeout => RunStatus::TimedOut,
-            Status::Memory => RunStatus::MemoryExceeded,
-            Status::OutputLimit => {
-                RunStatus::Error { message: "OutputLimit: too much was printed".to_owned() }
-            }
-            Status::Killed => RunStatus::Error { message: "Killed: the process was killed".to_owned() },
-        };
+        let status = status_of(&outcome);
         Ok(RunOutput { status, stdout: outcome.stdout, stderr: outcome.stderr, restarted })
+    }
+}
+
+/// How a run ended, in the agent's words.
+pub(crate) fn status_of(outcome: &Outcome) -> RunStatus {
+    let error = |message: &str| RunStatus::Error { message: message.to_owned() };
+    match outcome.status {
+        Status::Ok => RunStatus::Success,
+        Status::Error => error(outcome.last_line_of_stderr()),
+        Status::Timeout => RunStatus::TimedOut,
+        Status::Memory => RunStatus::MemoryExceeded,
+        Status::OutputLimit => error("OutputLimit: too much was printed"),
+        Status::Killed => error("Killed: the process was killed"),
     }
 }
 

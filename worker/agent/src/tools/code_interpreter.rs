@@ -10,10 +10,10 @@ use serde_json::{Map, Value, json};
 
 use super::{InfraError, PythonRunner, RunOutput, RunStatus, Snippet, Tool, ToolContext, ToolFault};
 
-/// The observation of a run that used up its time.
-const TIMED_OUT: &str = "Execution timed out";
-/// The observation of a run that used up its memory.
-const MEMORY_EXCEEDED: &str = "Memory limit exceeded";
+/// The observation of a run that used up its time: AgentFly's.
+pub const TIMED_OUT: &str = "Execution timed out";
+/// The observation of a run that used up its memory: AgentFly's.
+pub const MEMORY_EXCEEDED: &str = "Memory limit exceeded";
 /// What precedes the observation of a run whose session had lost its state.
 const RESTARTED: &str = "The interpreter was restarted: variables of earlier calls are gone.\n";
 

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 use crate::agents::ToolCall;
 use crate::clock::Clock;
 
-pub use code_interpreter::CodeInterpreter;
+pub use code_interpreter::{CodeInterpreter, MEMORY_EXCEEDED, TIMED_OUT};
 pub use python::{InfraError, PythonRunner, PythonSlot, RunLimits, RunOutput, RunStatus, Snippet};
 
 /// AgentFly's default limit of an observation, in characters.

@@ -8,9 +8,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use agentfly_agent::tools::{MEMORY_EXCEEDED, RunStatus, TIMED_OUT};
 use agentfly_common::secret::Secret;
 use agentfly_common::shutdown::stop_signal;
-use agentfly_sandbox::{Outcome, Sandbox, Snippet, Status};
+use agentfly_sandbox::{Outcome, Sandbox, Snippet};
 use anyhow::{Context as _, ensure};
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, Request, State};
@@ -24,6 +25,7 @@ use serde_json::json;
 use tokio::sync::Semaphore;
 
 use super::PoolArgs;
+use crate::rank::python::status_of;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -35,9 +37,6 @@ POST /exec {\"code\"} answers 200 {\"output\"}, or 400 (an error, the memory or 
 and 408 (a time limit) with {\"detail\", \"output\"}: AgentFly's texts, and what was printed
 before. GET /health answers 200. Ctrl-C ends it with all its processes.";
 
-/// AgentFly's texts.
-const TIMED_OUT: &str = "Execution timed out";
-const MEMORY_EXCEEDED: &str = "Memory limit exceeded";
 /// The longest request: a program of a model's is some kilobytes.
 const MOST_BODY_BYTES: usize = 4 << 20;
 /// How long a request waits for its turn.
@@ -175,13 +174,11 @@ async fn exec(State(service): State<Arc<Service>>, body: Result<Json<Code>, Json
 
 fn answer(outcome: &Outcome) -> Response {
     let bad = |text: &str| detail(StatusCode::BAD_REQUEST, text, &outcome.stdout);
-    match outcome.status {
-        Status::Ok => Json(json!({"output": outcome.stdout})).into_response(),
-        Status::Timeout => detail(StatusCode::REQUEST_TIMEOUT, TIMED_OUT, &outcome.stdout),
-        Status::Memory => bad(MEMORY_EXCEEDED),
-        Status::Error => bad(outcome.last_line_of_stderr()),
-        Status::OutputLimit => bad("OutputLimit: too much was printed"),
-        Status::Killed => bad("Killed: the process was killed"),
+    match status_of(outcome) {
+        RunStatus::Success => Json(json!({"output": outcome.stdout})).into_response(),
+        RunStatus::TimedOut => detail(StatusCode::REQUEST_TIMEOUT, TIMED_OUT, &outcome.stdout),
+        RunStatus::MemoryExceeded => bad(MEMORY_EXCEEDED),
+        RunStatus::Error { message } => bad(&message),
     }
 }
 
