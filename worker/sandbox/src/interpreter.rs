@@ -14,7 +14,7 @@ const PREFIX_IN_JAIL: &str = "/opt/python";
 const PACKAGES_IN_JAIL: &str = "/opt/packages";
 
 /// An interpreter as the jail sees it.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Interpreter {
     /// The program's path in the jail.
     pub(crate) program: String,
@@ -67,6 +67,20 @@ impl Interpreter {
             library_path: (!system).then(|| format!("{PREFIX_IN_JAIL}/lib")),
             packages,
         })
+    }
+
+    /// The same without a jail: each path as the node has it.
+    pub(crate) fn on_the_node(&self) -> Self {
+        let of_node = |in_jail: &String| {
+            let bound = self.binds.iter().find(|(_, at)| at == in_jail);
+            bound.map_or_else(|| in_jail.clone(), |(path, _)| path.to_string_lossy().into_owned())
+        };
+        Self {
+            program: of_node(&self.program),
+            binds: self.binds.clone(),
+            library_path: self.library_path.as_ref().map(of_node),
+            packages: self.packages.as_ref().map(of_node),
+        }
     }
 }
 
@@ -172,6 +186,11 @@ mod tests {
                 (scratch.0.join("venv/lib/python3.12/site-packages"), "/opt/packages".to_owned()),
             ]
         );
+        let plain = found.on_the_node();
+        let path = |below: &str| scratch.0.join(below).to_string_lossy().into_owned();
+        assert_eq!(plain.program, path("home/bin/python3.12"));
+        assert_eq!(plain.library_path, Some(path("home/lib")));
+        assert_eq!(plain.packages, Some(path("venv/lib/python3.12/site-packages")));
     }
 
     #[test]

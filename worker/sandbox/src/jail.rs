@@ -10,7 +10,7 @@
 use std::ffi::CString;
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -18,15 +18,10 @@ use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 use crate::error::SandboxError;
 use crate::interpreter::Interpreter;
+use crate::python;
 
-/// Where the zygote's program lies in the jail.
-pub(crate) const ZYGOTE: &str = "/opt/agentfly/zygote.py";
-const PROGRAMS: [(&str, &str); 4] = [
-    (ZYGOTE, include_str!("python/zygote.py")),
-    ("/opt/agentfly/isolation.py", include_str!("python/isolation.py")),
-    ("/opt/agentfly/script.py", include_str!("python/script.py")),
-    ("/opt/agentfly/session.py", include_str!("python/session.py")),
-];
+/// Where the sandbox's own programs lie in the jail.
+pub(crate) const PROGRAMS: &str = "/opt/agentfly";
 
 /// Where the host's tree and the future root are while the jail is being built.
 const HOST: &str = "/host";
@@ -122,8 +117,8 @@ pub(crate) fn plan(interpreter: &Interpreter, uid: u32, gid: u32) -> Result<Vec<
     plan.file("/etc/passwd", format!("sandbox:x:{uid}:{gid}::/tmp:/bin/sh\n").as_bytes())?;
     plan.file("/etc/group", format!("sandbox:x:{gid}:\n").as_bytes())?;
     plan.file("/etc/hosts", b"127.0.0.1 localhost\n")?;
-    for (at, source) in PROGRAMS {
-        plan.file(at, source.as_bytes())?;
+    for (name, source) in python::PROGRAMS {
+        plan.file(&format!("{PROGRAMS}/{name}"), source.as_bytes())?;
     }
     plan.push(Step::Proc { at: c(format!("{ROOT}/proc"))? });
     plan.push(Step::Enter { directory: c(ROOT)? });
@@ -133,6 +128,15 @@ pub(crate) fn plan(interpreter: &Interpreter, uid: u32, gid: u32) -> Result<Vec<
     plan.push(Step::ReadOnlyRoot);
     plan.push(Step::HostName);
     Ok(plan.steps)
+}
+
+/// What snippets may read where there is no jail: the paths, without symlinks, that [`plan`] would show them.
+pub(crate) fn readable(interpreter: &Interpreter) -> Vec<PathBuf> {
+    let system = SYSTEM.iter().chain(SYSTEM_FILES).filter_map(|path| Path::new(path).canonicalize().ok());
+    let mut paths: Vec<_> = system.chain(interpreter.binds.iter().map(|(from, _)| from.clone())).collect();
+    paths.sort();
+    paths.dedup();
+    paths
 }
 
 struct Plan {
@@ -280,7 +284,6 @@ fn set_mount_attributes(at: &std::ffi::CStr, flags: i32, attributes: u64) -> Res
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::PathBuf;
 
     fn system_python() -> Interpreter {
         Interpreter {

@@ -51,6 +51,7 @@
 
 mod capture;
 mod error;
+mod home;
 mod interpreter;
 mod jail;
 mod limits;
@@ -58,6 +59,7 @@ mod outcome;
 mod pool;
 mod probe;
 mod protocol;
+mod python;
 mod queue;
 mod seccomp;
 mod session;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::error::SandboxError;
+use crate::probe::Tier;
 
 const MIB: u64 = 1 << 20;
 
@@ -84,6 +85,8 @@ impl Limits {
 pub struct SandboxConfig {
     /// `bin/python` of a virtual environment (or any interpreter, 3.11 or newer).
     pub python: PathBuf,
+    /// The isolation to use, or refuse to start; `None` takes the strongest that this node offers.
+    pub tier: Option<Tier>,
     /// Snippets that may run at once.
     pub slots: usize,
     /// Limits of a snippet that brings none of its own.
@@ -108,6 +111,7 @@ impl SandboxConfig {
     pub fn new(python: impl Into<PathBuf>) -> Self {
         Self {
             python: python.into(),
+            tier: None,
             slots: std::thread::available_parallelism().map_or(2, usize::from),
             limits: Limits::default(),
             preload: vec!["numpy".into(), "sympy".into()],

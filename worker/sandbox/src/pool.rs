@@ -15,6 +15,7 @@ use crate::jail;
 use crate::limits::{Limits, SandboxConfig};
 use crate::outcome::{Outcome, Status};
 use crate::probe::{self, Tier};
+use crate::python;
 use crate::queue::{Queue, Slot};
 use crate::seccomp;
 use crate::session::{Ended, Gone, Session};
@@ -74,7 +75,8 @@ impl std::fmt::Debug for Sandbox {
 }
 
 impl Sandbox {
-    /// Starts the first zygote on the strongest tier that this node offers and proves it with a first snippet.
+    /// Starts the first zygote on the strongest tier that this node offers, or the one asked for, and proves it with a first
+    /// snippet.
     ///
     /// # Errors
     /// [`SandboxError::Config`] and [`SandboxError::Interpreter`] for settings, [`SandboxError::Unsupported`] on a node
@@ -82,13 +84,31 @@ impl Sandbox {
     pub fn start(config: SandboxConfig) -> Result<Self, SandboxError> {
         config.check()?;
         let interpreter = Interpreter::find(&config.python)?;
-        let tier = probe::candidate();
+        let candidates = config.tier.map_or_else(|| probe::candidates().to_vec(), |tier| vec![tier]);
+        let mut refusals = Vec::new();
+        for tier in candidates {
+            let started = probe::check(tier)
+                .and_then(|()| Self::start_on(tier, config.clone(), &interpreter))
+                .map_err(|error| probe::explain(tier, error));
+            match started {
+                Ok(sandbox) => {
+                    for reason in refusals {
+                        tracing::warn!(%reason, "sandbox: snippets are isolated less than they could be");
+                    }
+                    return Ok(sandbox);
+                }
+                Err(SandboxError::Unsupported(reason)) => refusals.push(reason),
+                Err(other) => return Err(other),
+            }
+        }
+        Err(SandboxError::Unsupported(refusals.join("; ")))
+    }
+
+    fn start_on(tier: Tier, config: SandboxConfig, interpreter: &Interpreter) -> Result<Self, SandboxError> {
         let places = (0..config.slots.div_ceil(SLOTS_PER_ZYGOTE))
             .map(|index| {
-                Ok(Mutex::new(Place {
-                    recipe: Arc::new(recipe(&config, &interpreter, tier, index)?),
-                    zygote: None,
-                }))
+                let recipe = recipe(&config, interpreter, tier, index)?;
+                Ok(Mutex::new(Place { recipe: Arc::new(recipe), zygote: None }))
             })
             .collect::<Result<Vec<_>, SandboxError>>()?;
         let sandbox = Self {
@@ -99,7 +119,7 @@ impl Sandbox {
             places,
         };
         let started = Instant::now();
-        let landlock = sandbox.prove().map_err(|error| probe::explain(tier, error))?;
+        let landlock = sandbox.prove()?;
         if landlock < 1 {
             tracing::warn!(
                 "this kernel has no Landlock: snippets are isolated by namespaces and seccomp alone"
@@ -291,7 +311,15 @@ fn recipe(
     tier: Tier,
     index: usize,
 ) -> Result<Recipe, SandboxError> {
-    let (uid, gid) = probe::identity(tier, index);
+    let (uid, gid) = probe::identity(index);
+    let in_jail = tier.has_namespaces();
+    let on_the_node;
+    let seen = if in_jail {
+        interpreter
+    } else {
+        on_the_node = interpreter.on_the_node();
+        &on_the_node
+    };
     let fixed = [
         ("HOME", "/tmp"),
         ("LANG", "C.UTF-8"),
@@ -304,26 +332,49 @@ fn recipe(
         ("PYTHONHASHSEED", "0"),
     ];
     let mut environment = BTreeMap::from(fixed);
-    if let Some(path) = &interpreter.library_path {
+    if let Some(path) = &seen.library_path {
         environment.insert("LD_LIBRARY_PATH", path);
     }
     let clone = libc::SYS_clone.to_string();
-    let mut arguments =
-        vec![interpreter.program.as_str(), "-P", "-s", "-S", "-B", "-X", "utf8", jail::ZYGOTE];
-    arguments.extend([clone.as_str(), interpreter.packages.as_deref().unwrap_or_default()]);
+    let programs = seccomp::programs(tier.around())?;
+    let command = [seen.program.as_str(), "-P", "-s", "-S", "-B", "-X", "utf8"];
+    let count = programs.len().to_string();
+    let mut arguments = vec![clone.as_str(), count.as_str(), seen.packages.as_deref().unwrap_or_default()];
     arguments.extend(config.preload.iter().map(String::as_str));
     let c_string =
         |text: String| CString::new(text).map_err(|e| SandboxError::Config(format!("a NUL byte: {e}")));
+    let c_strings =
+        |words: &[&str]| words.iter().map(|word| c_string((*word).to_owned())).collect::<Result<Vec<_>, _>>();
     Ok(Recipe {
         tier,
         uid,
         gid,
-        steps: jail::plan(interpreter, uid, gid)?,
-        programs: seccomp::programs()?,
-        arguments: arguments.into_iter().map(|a| c_string(a.to_owned())).collect::<Result<_, _>>()?,
+        steps: if in_jail { jail::plan(interpreter, uid, gid)? } else { Vec::new() },
+        programs,
+        interpreter: c_strings(&command)?,
+        program: c_string(format!("{}/{}", jail::PROGRAMS, python::ZYGOTE))?,
+        readable: c_string(if in_jail { String::new() } else { readable(interpreter)? })?,
+        arguments: c_strings(&arguments)?,
         environment: environment
             .into_iter()
             .map(|(k, v)| c_string(format!("{k}={v}")))
             .collect::<Result<_, _>>()?,
     })
+}
+
+/// What snippets may read without a jail, as one argument.
+fn readable(interpreter: &Interpreter) -> Result<String, SandboxError> {
+    let paths = jail::readable(interpreter);
+    let words: Result<Vec<_>, _> = paths
+        .iter()
+        .map(|path| {
+            path.to_str().filter(|path| !path.contains(':')).ok_or_else(|| {
+                SandboxError::Config(format!(
+                    "{} cannot be shown to snippets on the landlock tier: its path holds a colon or is not UTF-8",
+                    path.display()
+                ))
+            })
+        })
+        .collect();
+    Ok(words?.join(":"))
 }

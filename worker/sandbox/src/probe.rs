@@ -6,12 +6,14 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::SandboxError;
+use crate::seccomp::Around;
 
-/// How snippets are isolated. In JSON: `root`, `user_namespaces`.
+/// How snippets are isolated, the strongest first. In JSON and settings: `root`, `user_namespaces`, `landlock`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Tier {
@@ -19,6 +21,28 @@ pub enum Tier {
     Root,
     /// Started by an ordinary user: the jail is built inside a user namespace.
     UserNamespaces,
+    /// Neither is possible: Landlock, system call filters and resource limits alone. A snippet sees that the node's files
+    /// and processes exist, and can open or touch none of them.
+    Landlock,
+}
+
+impl Tier {
+    /// Every tier, the strongest first.
+    pub const ALL: [Self; 3] = [Self::Root, Self::UserNamespaces, Self::Landlock];
+
+    /// Whether snippets get namespaces of their own.
+    pub(crate) fn has_namespaces(self) -> bool {
+        self != Self::Landlock
+    }
+
+    /// What a snippet's system calls could reach.
+    pub(crate) fn around(self) -> Around {
+        if self.has_namespaces() {
+            Around::Namespaces
+        } else {
+            Around::Node { signals: landlock_version() >= FIRST_LANDLOCK_OF_SIGNALS }
+        }
+    }
 }
 
 impl fmt::Display for Tier {
@@ -26,33 +50,79 @@ impl fmt::Display for Tier {
         f.write_str(match self {
             Self::Root => "root",
             Self::UserNamespaces => "user_namespaces",
+            Self::Landlock => "landlock",
         })
     }
 }
 
-/// Who runs, and therefore which tier is tried.
-pub(crate) fn candidate() -> Tier {
-    if rustix::process::geteuid().is_root() { Tier::Root } else { Tier::UserNamespaces }
+impl FromStr for Tier {
+    type Err = SandboxError;
+
+    fn from_str(text: &str) -> Result<Self, SandboxError> {
+        Self::ALL.into_iter().find(|tier| tier.to_string() == text).ok_or_else(|| {
+            SandboxError::Config(format!("tier {text:?} is none of root, user_namespaces, landlock"))
+        })
+    }
+}
+
+/// The tiers that whoever runs this may try, the strongest first.
+pub(crate) fn candidates() -> [Tier; 2] {
+    let first = if rustix::process::geteuid().is_root() { Tier::Root } else { Tier::UserNamespaces };
+    [first, Tier::Landlock]
+}
+
+/// Refuses a tier that whoever runs this cannot have, before anything is started.
+///
+/// # Errors
+/// [`SandboxError::Unsupported`], with who must do what.
+pub(crate) fn check(tier: Tier) -> Result<(), SandboxError> {
+    let root = rustix::process::geteuid().is_root();
+    let refused = |reason: &str| Err(SandboxError::Unsupported(format!("tier {tier}: {reason}")));
+    match tier {
+        Tier::Root if !root => refused("this is not root; start it as root, or take another tier"),
+        Tier::UserNamespaces if root => refused("this is root, whose tiers are root and landlock"),
+        Tier::Landlock if landlock_version() < LEAST_LANDLOCK => refused(&format!(
+            "it takes Landlock's version {LEAST_LANDLOCK} (Linux 6.2); this kernel has {}",
+            match landlock_version() {
+                ..1 => "none, or it is switched off".to_owned(),
+                version => format!("version {version}"),
+            }
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The first version that controls every way to change a file's content (truncate).
+const LEAST_LANDLOCK: i64 = 3;
+const FIRST_LANDLOCK_OF_SIGNALS: i64 = 6;
+
+/// What this kernel's Landlock can do; below 1 there is none.
+pub(crate) fn landlock_version() -> i64 {
+    const VERSION: libc::c_int = 1; // LANDLOCK_CREATE_RULESET_VERSION
+    // SAFETY: with this flag the call reads no memory and returns a number.
+    unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<libc::c_void>(), 0_usize, VERSION)
+    }
 }
 
 /// User and group of the `index`-th zygote.
 ///
-/// On the root tier each zygote is a user of its own, far above the ids that distributions give out, so that no file
-/// and no process of the node belongs to it. A container that maps few ids gets `nobody` instead.
-pub(crate) fn identity(tier: Tier, index: usize) -> (u32, u32) {
+/// Started by root, each zygote is a user of its own, far above the ids that distributions give out, so that no file
+/// and no process of the node belongs to it. A container that maps few ids gets `nobody` instead. Started by an ordinary
+/// user, it stays that one.
+pub(crate) fn identity(index: usize) -> (u32, u32) {
     const FIRST: u32 = 1_879_048_192; // 0x7000_0000
     const NOBODY: u32 = 65_534;
-    match tier {
-        Tier::UserNamespaces => (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw()),
-        Tier::Root => {
-            let wanted = FIRST + u32::try_from(index).unwrap_or(0);
-            let mapped = |path: &str| fs::read_to_string(path).is_ok_and(|map| maps(&map, wanted));
-            if mapped("/proc/self/uid_map") && mapped("/proc/self/gid_map") {
-                (wanted, wanted)
-            } else {
-                (NOBODY, NOBODY)
-            }
-        }
+    let user = rustix::process::geteuid();
+    if !user.is_root() {
+        return (user.as_raw(), rustix::process::getegid().as_raw());
+    }
+    let wanted = FIRST + u32::try_from(index).unwrap_or(0);
+    let mapped = |path: &str| fs::read_to_string(path).is_ok_and(|map| maps(&map, wanted));
+    if mapped("/proc/self/uid_map") && mapped("/proc/self/gid_map") {
+        (wanted, wanted)
+    } else {
+        (NOBODY, NOBODY)
     }
 }
 
@@ -87,8 +157,12 @@ pub(crate) fn explain(tier: Tier, error: SandboxError) -> SandboxError {
                                  on Ubuntu also kernel.apparmor_restrict_unprivileged_userns=0; in a container a seccomp profile that \
                                  allows unshare and mount), or start the worker as root"
         }
+        Tier::Landlock => {
+            "the kernel refused a part of it: a container's seccomp profile, or a root that may not become another user"
+        }
     };
-    SandboxError::Unsupported(format!("{error}. {advice}{}", settings()))
+    let settings = if tier.has_namespaces() { settings() } else { String::new() };
+    SandboxError::Unsupported(format!("tier {tier}: {error}. {advice}{settings}"))
 }
 
 /// The settings of this node that usually decide it.

@@ -22,7 +22,7 @@ use crate::supervise::{
     END_DEADLINE, End, Fault, SPAWN_DEADLINE, host_process_id, outcome_of, request, sealed, wait_for_process,
     watch,
 };
-use crate::usage::{self, Watcher};
+use crate::usage;
 use crate::zygote::{Event, Zygote};
 
 /// Processes that a session has beside those of its code: its first one, and the head that a turn is a copy of.
@@ -60,7 +60,7 @@ impl Session {
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .map_err(system("a session's socket"))?;
         let limits = Limits { tasks: limits.tasks.saturating_add(OWN_TASKS), ..limits.clone() };
-        let asked = zygote.submit(request(&limits, seed, SESSION), &[theirs.as_fd()]);
+        let asked = zygote.submit(request(&zygote, &limits, seed, SESSION), &[theirs.as_fd()]);
         let (call, events) = asked.map_err(|_| Fault::NotStarted)?;
         drop(theirs);
         let process = wait_for_process(&zygote, &events).inspect_err(|_| zygote.forget(call))?;
@@ -88,7 +88,7 @@ impl Session {
         let descriptors = [code.as_fd(), stdout.as_fd(), stderr.as_fd()];
         Order::Turn { echo }.send(self.socket.as_fd(), &descriptors).map_err(|_| Gone)?;
         drop((stdout, stderr, code));
-        let mut watcher = Watcher::new(self.process_id, limits, self.zygote.image_bytes);
+        let mut watcher = self.zygote.watcher(self.process_id, limits);
         let kill = || {
             // It may have ended just now; one that does not answer is killed as a whole below.
             let _ = Order::EndTurn.send(self.socket.as_fd(), &[]);

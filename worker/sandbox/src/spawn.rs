@@ -2,7 +2,8 @@
 //!
 //! Called by a zygote's keeper thread, which must outlive the zygote: the kernel sends the parent-death signal when
 //! that *thread* ends, and it is what ends the zygote (and with its pid namespace every snippet) even if the owner is
-//! killed with SIGKILL.
+//! killed with SIGKILL. Where there are no namespaces the process executed is the zygote's warden, which ends everything
+//! when its end of the control socket says that the owner is gone.
 //!
 //! The clone copies one thread of a threaded program, so until `execve` the child makes system calls only, on memory
 //! prepared before: no allocation, no lock, and none of the C library's calls that speak to its other threads (its
@@ -12,17 +13,20 @@ use std::ffi::{CStr, CString, c_char};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
 use rustix::thread::{Gid, Uid};
 
 use crate::error::{SandboxError, system};
+use crate::home::Home;
 use crate::jail::Step;
 use crate::probe::Tier;
 
@@ -36,6 +40,13 @@ pub(crate) struct Recipe {
     pub(crate) steps: Vec<Step>,
     /// The seccomp programs in the order of installation.
     pub(crate) programs: Vec<Vec<u8>>,
+    /// The interpreter and its options.
+    pub(crate) interpreter: Vec<CString>,
+    /// The program in the jail; where there is none it is a file of each zygote's own.
+    pub(crate) program: CString,
+    /// What the snippets may read on a node without namespaces: paths with colons between.
+    pub(crate) readable: CString,
+    /// The zygote's further arguments.
     pub(crate) arguments: Vec<CString>,
     pub(crate) environment: Vec<CString>,
 }
@@ -45,6 +56,8 @@ pub(crate) struct Recipe {
 pub(crate) struct Spawned {
     pub(crate) pidfd: OwnedFd,
     pub(crate) socket: OwnedFd,
+    /// Without namespaces: the directory in which each snippet has one by its process's number.
+    pub(crate) home: Option<PathBuf>,
     /// What it writes to standard error: an anonymous file.
     log: File,
 }
@@ -66,8 +79,14 @@ impl Spawned {
 }
 
 impl Spawned {
-    /// Kills it, with every snippet it has made, and reaps it. Once it has ended this does nothing.
+    /// Ends it, with every snippet it has made, and reaps it. Once it has ended this does nothing.
     pub(crate) fn end(&self) {
+        if self.home.is_some() {
+            // A warden that is killed ends nothing: it is told, and given time.
+            let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
+            let mut polled = [PollFd::new(&self.pidfd, PollFlags::IN)];
+            let _ = rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, Some(&WARDEN_DEADLINE)));
+        }
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
         let _ = rustix::io::retry_on_intr(|| {
             rustix::process::waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED)
@@ -87,9 +106,13 @@ struct Prepared<'a> {
     /// From 0: input, output, error, control socket, seccomp programs…
     descriptors: Vec<OwnedFd>,
     report: OwnedFd,
+    /// Owns what `arguments` points to.
+    _words: Vec<CString>,
     arguments: Vec<*const c_char>,
     environment: Vec<*const c_char>,
     maps: Vec<(&'static CStr, Vec<u8>)>,
+    /// The owner is root, and the zygote must not be.
+    changes_user: bool,
 }
 
 /// The steps that are not in the plan, by number from [`FIRST_STAGE`].
@@ -107,6 +130,8 @@ const STAGES: &[&str] = &[
 const FIRST_STAGE: u32 = 1 << 16;
 /// Building a jail takes about a millisecond; a file system that does not answer must not hang the caller.
 const BUILD_DEADLINE: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
+/// Ending the snippets of four slots, and removing their files, takes milliseconds.
+const WARDEN_DEADLINE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
 /// Makes a zygote. The calling thread must live as long as the zygote.
 ///
@@ -118,16 +143,34 @@ pub(crate) fn spawn(recipe: &Recipe) -> Result<Spawned, SandboxError> {
             .map_err(system("control socket"))?;
     let (report_end, report) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(system("report pipe"))?;
     let log = memory_file(c"zygote-log", b"")?;
-    let prepared = prepare(recipe, theirs, report, &log)?;
+    let home = if recipe.tier.has_namespaces() { None } else { Some(Home::make(recipe.uid, recipe.gid)?) };
+    let prepared = prepare(recipe, home.as_ref(), theirs, report, &log)?;
     let (pid, pidfd) = clone(recipe.tier, &prepared)?;
     drop(prepared); // closes the child's ends here, so that its end is seen as end of file
-    let spawned = Spawned { pidfd, socket, log };
+    let mut spawned = Spawned { pidfd, socket, home: None, log };
     wait_for_exec(recipe, &report_end, pid)?;
+    spawned.home = home.map(Home::leave_to_warden);
     Ok(spawned)
+}
+
+/// The words of the command: the program's first argument is its directory, empty in a jail.
+fn command(recipe: &Recipe, home: Option<&Home>) -> Result<Vec<CString>, SandboxError> {
+    let (program, home) = match home {
+        None => (recipe.program.clone(), CString::default()),
+        Some(home) => (c_path(&home.warden())?, c_path(home.path())?),
+    };
+    let own = [program, home, recipe.readable.clone()];
+    Ok(recipe.interpreter.iter().chain(&own).chain(&recipe.arguments).cloned().collect())
+}
+
+fn c_path(path: &Path) -> Result<CString, SandboxError> {
+    CString::new(path.as_os_str().as_bytes())
+        .map_err(|e| SandboxError::Config(format!("{} holds a NUL byte: {e}", path.display())))
 }
 
 fn prepare<'a>(
     recipe: &'a Recipe,
+    home: Option<&Home>,
     socket: OwnedFd,
     report: OwnedFd,
     log: &File,
@@ -144,20 +187,23 @@ fn prepare<'a>(
         strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect::<Vec<_>>()
     };
     let maps = match recipe.tier {
-        Tier::Root => Vec::new(),
+        Tier::Root | Tier::Landlock => Vec::new(),
         Tier::UserNamespaces => vec![
             (c"/proc/self/setgroups", b"deny".to_vec()),
             (c"/proc/self/uid_map", format!("{0} {0} 1", recipe.uid).into_bytes()),
             (c"/proc/self/gid_map", format!("{0} {0} 1", recipe.gid).into_bytes()),
         ],
     };
+    let words = command(recipe, home)?;
     Ok(Prepared {
         recipe,
         descriptors,
         report: above(report.as_fd())?,
-        arguments: pointers(&recipe.arguments),
+        arguments: pointers(&words),
+        _words: words,
         environment: pointers(&recipe.environment),
         maps,
+        changes_user: rustix::process::geteuid().is_root(),
     })
 }
 
@@ -173,12 +219,14 @@ pub(crate) fn memory_file(name: &CStr, content: &[u8]) -> Result<File, SandboxEr
 }
 
 fn clone(tier: Tier, prepared: &Prepared<'_>) -> Result<(Pid, OwnedFd), SandboxError> {
-    let mut flags =
+    let namespaces =
         libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
-    if tier == Tier::UserNamespaces {
-        flags |= libc::CLONE_NEWUSER;
-    }
-    let flags = flags | libc::CLONE_PIDFD | libc::SIGCHLD;
+    let namespaces = match tier {
+        Tier::Root => namespaces,
+        Tier::UserNamespaces => namespaces | libc::CLONE_NEWUSER,
+        Tier::Landlock => 0,
+    };
+    let flags = namespaces | libc::CLONE_PIDFD | libc::SIGCHLD;
     let mut pidfd: RawFd = -1;
     // SAFETY: without CLONE_VM the child gets a copy of this thread's memory, so nothing is shared; with a null stack
     // it goes on on the copy of this one. `pidfd` is written by the kernel in the parent before the call returns. The
@@ -196,10 +244,9 @@ fn clone(tier: Tier, prepared: &Prepared<'_>) -> Result<(Pid, OwnedFd), SandboxE
                 })?;
             Ok((pid, pidfd))
         }
-        _ => Err(SandboxError::System {
-            what: format!("clone into new namespaces ({tier} tier)"),
-            source: io::Error::last_os_error(),
-        }),
+        _ => {
+            Err(SandboxError::System { what: "clone of a zygote".into(), source: io::Error::last_os_error() })
+        }
     }
 }
 
@@ -235,12 +282,13 @@ fn try_to_become_zygote(prepared: &Prepared<'_>) -> (u32, Errno) {
         }
     }
     let (uid, gid) = (Uid::from_raw(recipe.uid), Gid::from_raw(recipe.gid));
-    let root = recipe.tier == Tier::Root;
-    attempt!(if root { rustix::thread::set_thread_groups(&[]) } else { Ok(()) });
-    attempt!(if root { rustix::thread::set_thread_res_gid(gid, gid, gid) } else { Ok(()) });
-    attempt!(if root { rustix::thread::set_thread_res_uid(uid, uid, uid) } else { Ok(()) });
+    let change = prepared.changes_user;
+    attempt!(if change { rustix::thread::set_thread_groups(&[]) } else { Ok(()) });
+    attempt!(if change { rustix::thread::set_thread_res_gid(gid, gid, gid) } else { Ok(()) });
+    attempt!(if change { rustix::thread::set_thread_res_uid(uid, uid, uid) } else { Ok(()) });
     // After the change of user, which clears it.
-    attempt!(rustix::process::set_parent_process_death_signal(Some(Signal::KILL)));
+    let killed_with_owner = recipe.tier.has_namespaces().then_some(Signal::KILL);
+    attempt!(rustix::process::set_parent_process_death_signal(killed_with_owner));
     attempt!(rustix::thread::set_no_new_privs(true));
     let _ = rustix::process::setsid(); // fails only if it leads a session already
     attempt!(place_descriptors(prepared));

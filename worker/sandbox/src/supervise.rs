@@ -18,7 +18,7 @@ use crate::limits::Limits;
 use crate::outcome::{Outcome, Status, text_of};
 use crate::protocol::{ECHO, Reply, Request};
 use crate::spawn::memory_file;
-use crate::usage::Watcher;
+use crate::usage::{self, Watcher};
 use crate::zygote::{Event, Zygote};
 
 /// A fork takes milliseconds; the zygote serves few slots.
@@ -61,13 +61,13 @@ pub(crate) fn run(
     let start = Instant::now();
     let (mut capture, [stdout, stderr]) = Capture::new(limits.output_bytes)?;
     let code = sealed(code)?;
-    let request = request(limits, seed, if echo { ECHO } else { 0 });
+    let request = request(zygote, limits, seed, if echo { ECHO } else { 0 });
     let descriptors = [code.as_fd(), stdout.as_fd(), stderr.as_fd()];
     let (call, events) = zygote.submit(request, &descriptors).map_err(|_| Fault::NotStarted)?;
     let _forget = Forget { zygote, call };
     drop((stdout, stderr, code)); // the child holds the only writing ends, so that its end is theirs
     let process = wait_for_process(zygote, &events)?;
-    let mut watcher = Watcher::new(host_process_id(&process)?, limits, zygote.image_bytes);
+    let mut watcher = zygote.watcher(host_process_id(&process)?, limits);
     let kill = || {
         // Process 1 of its pid namespace: everything in there ends with it. It may have ended just now.
         let _ = rustix::process::pidfd_send_signal(&process, Signal::KILL);
@@ -87,10 +87,11 @@ pub(crate) fn sealed(code: &str) -> Result<fs::File, SandboxError> {
 }
 
 /// What a zygote is asked; it gets its number when it is sent.
-pub(crate) fn request(limits: &Limits, seed: u64, flags: u32) -> Request {
+pub(crate) fn request(zygote: &Zygote, limits: &Limits, seed: u64, flags: u32) -> Request {
     Request {
         call: 0,
-        tasks: limits.tasks,
+        // The kernel counts a user's tasks by user namespace: without one those of the user's that run now come on top.
+        tasks: limits.tasks.saturating_add(zygote.user_of_the_node().map_or(0, usage::tasks_of)),
         seed,
         memory_bytes: limits.memory_bytes,
         cpu_seconds: kernel_cpu_seconds(limits),

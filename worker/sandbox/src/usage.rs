@@ -5,12 +5,20 @@
 //! the sum is only the cheap first test, and what decides is the proportional size, which counts a page shared by N
 //! processes as 1/N of a page.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::limits::Limits;
 use crate::outcome::Status;
 
+/// Entries of a directory, as the inodes of the tmpfs that a snippet has elsewhere.
+const MOST_FILES: usize = 4096;
+/// The unit of `st_blocks`.
+const BLOCK_BYTES: u64 = 512;
 /// More processes than any task limit allows to look at in one sample.
 const MOST_PROCESSES: usize = 8192;
 
@@ -21,6 +29,8 @@ pub(crate) struct Watcher {
     cpu_limit: Duration,
     /// Anonymous memory of the zygote, which each process of the tree starts with.
     image_bytes: u64,
+    /// Its files, where no file system of its own limits them.
+    files: Option<Files>,
     /// CPU time that the tree had used before: by the earlier turns of a session.
     used_before: Duration,
     /// Most memory seen, in bytes, without the pages of the warm image.
@@ -29,10 +39,11 @@ pub(crate) struct Watcher {
 
 impl Watcher {
     /// Watches the tree below the process `root` (a host process id).
-    pub(crate) fn new(root: i32, limits: &Limits, image_bytes: u64) -> Self {
+    pub(crate) fn new(root: i32, limits: &Limits, image_bytes: u64, directory: Option<PathBuf>) -> Self {
         let (memory_limit_bytes, cpu_limit) = (limits.memory_bytes, limits.cpu);
         let used_before = tree(root).into_iter().map(cpu_time).sum();
-        Self { root, memory_limit_bytes, cpu_limit, image_bytes, used_before, peak_bytes: 0 }
+        let files = directory.map(|directory| Files { directory, limit_bytes: limits.tmp_bytes });
+        Self { root, memory_limit_bytes, cpu_limit, image_bytes, files, used_before, peak_bytes: 0 }
     }
 
     /// Takes one sample. Returns the limit that the tree is over, if it is.
@@ -51,9 +62,65 @@ impl Watcher {
                 return Some(Status::Memory);
             }
         }
+        if self.files.as_ref().is_some_and(|files| files.over_limit(&processes)) {
+            return Some(Status::Memory);
+        }
         let cpu: Duration = processes.iter().map(|process| cpu_time(*process)).sum();
         (cpu.saturating_sub(self.used_before) > self.cpu_limit).then_some(Status::Timeout)
     }
+}
+
+/// The directory of a snippet that has no `/tmp` of its own.
+struct Files {
+    directory: PathBuf,
+    limit_bytes: u64,
+}
+
+impl Files {
+    /// Whether it holds too many files or too much, with those that have no name any more but are open.
+    fn over_limit(&self, processes: &[i32]) -> bool {
+        let (mut bytes, mut count, mut pending) = (0_u64, 0, vec![self.directory.clone()]);
+        while let Some(directory) = pending.pop() {
+            let entries = match fs::read_dir(&directory) {
+                Ok(entries) => entries,
+                // It has just gone; or its owner has closed it to whoever counts.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(_) => return true,
+            };
+            for entry in entries.flatten() {
+                count += 1;
+                if count > MOST_FILES {
+                    return true;
+                }
+                let Ok(found) = entry.metadata() else { continue };
+                bytes = bytes.saturating_add(found.blocks() * BLOCK_BYTES);
+                if found.is_dir() {
+                    pending.push(entry.path());
+                }
+            }
+        }
+        let open = processes.iter().flat_map(|process| fs::read_dir(format!("/proc/{process}/fd")));
+        let nameless = open.flatten().flatten().filter_map(|entry| fs::metadata(entry.path()).ok());
+        let nameless = nameless.filter(|found| found.is_file() && found.nlink() == 0);
+        let distinct: BTreeMap<_, _> =
+            nameless.map(|found| ((found.dev(), found.ino()), found.blocks() * BLOCK_BYTES)).collect();
+        bytes.saturating_add(distinct.into_values().sum()) > self.limit_bytes
+    }
+}
+
+/// Tasks of a user: the processes and threads that the kernel counts for its limit.
+pub(crate) fn tasks_of(uid: u32) -> u32 {
+    let Ok(processes) = fs::read_dir("/proc") else { return 0 };
+    let of_user = processes.flatten().filter(|process| {
+        let named = process.file_name().to_str().is_some_and(|name| name.parse::<i32>().is_ok());
+        named && process.metadata().is_ok_and(|found| found.uid() == uid)
+    });
+    let threads = of_user.map(|process| {
+        let text = fs::read_to_string(process.path().join("status")).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("Threads:")?.trim().parse::<u32>().ok());
+        line.unwrap_or(0)
+    });
+    threads.sum()
 }
 
 /// Memory of a tree beyond the image that each of its processes began with, in bytes; what they share is counted in each.
@@ -116,10 +183,10 @@ mod tests {
         assert_eq!(tree(me).first(), Some(&me));
         let held = vec![7_u8; 32 << 20];
         let limits = |memory_bytes, cpu| Limits { memory_bytes, cpu, ..Limits::default() };
-        let mut watcher = Watcher::new(me, &limits(16 << 20, Duration::MAX), 0);
+        let mut watcher = Watcher::new(me, &limits(16 << 20, Duration::MAX), 0, None);
         assert_eq!(watcher.over_limit(), Some(Status::Memory), "{} bytes are held", held.len());
         assert!(watcher.peak_bytes >= 32 << 20);
-        let mut generous = Watcher::new(me, &limits(1 << 40, Duration::MAX), 0);
+        let mut generous = Watcher::new(me, &limits(1 << 40, Duration::MAX), 0, None);
         assert_eq!(generous.over_limit(), None);
     }
 
@@ -137,6 +204,42 @@ mod tests {
             used <= started.elapsed() * u32::try_from(cores).expect("few") + Duration::from_millis(50),
             "{used:?}"
         );
+    }
+
+    #[test]
+    fn files_count_with_and_without_a_name_and_one_that_hides_from_the_count_is_too_much() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let files = Files { directory: directory.path().to_owned(), limit_bytes: 3 << 20 };
+        let me = [std::process::id().cast_signed()];
+        let below = directory.path().join("a/b");
+        fs::create_dir_all(&below).expect("directory");
+        fs::write(below.join("named"), vec![1; 2 << 20]).expect("written");
+        assert!(!files.over_limit(&me));
+        fs::write(below.join("nameless"), vec![1; 2 << 20]).expect("written");
+        assert!(files.over_limit(&me));
+        let held = fs::File::open(below.join("nameless")).expect("opens");
+        fs::remove_file(below.join("nameless")).expect("removed");
+        assert!(files.over_limit(&me), "it is open and still takes its place");
+        drop(held);
+        assert!(!files.over_limit(&me));
+        for name in 0..MOST_FILES {
+            fs::write(below.join(name.to_string()), b"").expect("written");
+        }
+        assert!(files.over_limit(&me), "empty files are limited, too");
+    }
+
+    #[test]
+    fn the_tasks_of_a_user_include_this_one_s_threads() {
+        let me = rustix::process::geteuid().as_raw();
+        let (open, wait) = std::sync::mpsc::channel::<()>();
+        let before = tasks_of(me);
+        assert!(before >= 1);
+        std::thread::scope(|scope| {
+            scope.spawn(move || wait.recv());
+            assert!(tasks_of(me) >= 2);
+            drop(open);
+        });
+        assert_eq!(tasks_of(4_000_000_000), 0);
     }
 
     #[test]

@@ -16,8 +16,10 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::error::{SandboxError, system};
+use crate::limits::Limits;
 use crate::protocol::{Reply, Request};
 use crate::spawn::{Recipe, Spawned, spawn};
+use crate::usage::Watcher;
 
 /// Importing sympy from a cold network disk takes seconds; a zygote that needs longer than this will never come.
 const READY_DEADLINE: Timespec = Timespec { tv_sec: 120, tv_nsec: 0 };
@@ -48,6 +50,8 @@ pub(crate) struct Zygote {
     pub(crate) image_bytes: u64,
     /// Landlock's version; below 1 there is none.
     pub(crate) landlock: i64,
+    /// Who its snippets are, if they share a user namespace with others.
+    user_of_the_node: Option<u32>,
 }
 
 struct Ready {
@@ -63,6 +67,7 @@ impl Zygote {
     /// As [`spawn`], and [`SandboxError::ZygoteStart`] with the end of its error output.
     pub(crate) fn start(recipe: Arc<Recipe>) -> Result<Self, SandboxError> {
         let calls = Arc::new(Mutex::new(Calls::default()));
+        let user_of_the_node = (!recipe.tier.has_namespaces()).then_some(recipe.uid);
         let (report, ready) = sync_channel(1);
         let of_keeper = Arc::clone(&calls);
         let keeper = std::thread::Builder::new()
@@ -80,6 +85,7 @@ impl Zygote {
             served: AtomicU64::new(0),
             image_bytes: ready.image_bytes,
             landlock: ready.landlock,
+            user_of_the_node,
         })
     }
 
@@ -125,6 +131,17 @@ impl Zygote {
         calls.waiting.remove(&call);
     }
 
+    /// Who its snippets are, if others on this node may be the same user.
+    pub(crate) fn user_of_the_node(&self) -> Option<u32> {
+        self.user_of_the_node
+    }
+
+    /// Watches a snippet or a session of this zygote by its first process.
+    pub(crate) fn watcher(&self, process_id: i32, limits: &Limits) -> Watcher {
+        let directory = self.process.home.as_ref().map(|home| home.join(process_id.to_string()));
+        Watcher::new(process_id, limits, self.image_bytes, directory)
+    }
+
     /// Ends it: for a zygote that does not answer.
     pub(crate) fn kill(&self) {
         self.process.end();
@@ -150,6 +167,10 @@ fn keep(recipe: &Recipe, calls: &Mutex<Calls>, report: &SyncSender<Result<Ready,
                 hand_out_replies(&process, calls);
             }
             process.end();
+            let log = process.log_tail();
+            if !log.is_empty() {
+                tracing::error!(%log, "sandbox zygote ended with a fault");
+            }
         }
         Err(error) => {
             // The starter may have given up; then there is nobody to tell.

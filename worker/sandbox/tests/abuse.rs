@@ -1,4 +1,4 @@
-//! Every attack of `tests/abuse`, as the user who runs the tests and as one without privileges.
+//! Every attack of `tests/abuse`, as the user who runs the tests and as one without privileges, with namespaces and without.
 //!
 //! The attacks are harmless even if the sandbox failed: they open for writing without writing, and every loop ends.
 
@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use agentfly_sandbox::{Limits, Outcome, Sandbox, SandboxError, Snippet, Status};
+use agentfly_sandbox::{Limits, Outcome, Sandbox, SandboxError, Snippet, Status, Tier};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -21,7 +21,7 @@ struct Suite {
 }
 
 /// One attack; the fields are those of `abuse.json`.
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 struct Case {
     name: String,
     file: String,
@@ -30,6 +30,18 @@ struct Case {
     must_not: Vec<String>,
     max_wall_s: f64,
     setup: Option<String>,
+    /// What differs where a snippet sees the node's files and processes without being able to touch them.
+    landlock: Option<OnLandlock>,
+    /// The one tier that it is for.
+    tier: Option<Tier>,
+}
+
+#[derive(Clone, Deserialize)]
+struct OnLandlock {
+    outcome: Option<String>,
+    must: Option<Vec<String>>,
+    /// Why it says nothing there.
+    not_run: Option<String>,
 }
 
 const CANARY: &str = "CANARY-env";
@@ -42,17 +54,38 @@ fn no_attack_gets_out_as_the_user_of_these_tests() {
 #[test]
 fn no_attack_gets_out_as_a_user_without_privileges() {
     match common::again_as_nobody("attack") {
-        Ok(mut command) => finish(&mut command),
+        Ok(mut command) => drop(finish(&mut command)),
         Err(reason) => println!("NOT RUN as a second user: {reason}"),
     }
 }
 
-fn finish(command: &mut std::process::Command) {
+#[test]
+fn no_attack_gets_out_without_namespaces() {
+    finish(common::without_namespaces(&mut common::again("attack")));
+    match common::again_as_nobody("attack") {
+        Ok(mut command) => drop(finish(common::without_namespaces(&mut command))),
+        Err(reason) => println!("NOT RUN as a second user: {reason}"),
+    }
+}
+
+#[test]
+fn a_node_that_refuses_namespaces_gets_the_next_tier() {
+    match common::again_where_namespaces_are_off("attack") {
+        Ok(mut command) => {
+            let text = finish(&mut command);
+            assert!(text.contains("on the landlock tier"), "{text}");
+        }
+        Err(reason) => println!("NOT RUN where namespaces are off: {reason}"),
+    }
+}
+
+fn finish(command: &mut std::process::Command) -> String {
     let output = command.env("WANDB_API_KEY", CANARY).output().expect("the test program starts");
     let text = common::text(&output);
     print!("{text}");
     assert!(output.status.success(), "{text}");
     assert!(text.contains("attacks held") || text.contains("NOT RUN"), "the attacks did not run:\n{text}");
+    text
 }
 
 #[test]
@@ -71,7 +104,8 @@ fn attack() {
     };
     let suite = std::fs::read_to_string(folder().join("abuse.json")).expect("abuse.json");
     let suite: Suite = serde_json::from_str(&suite).expect("abuse.json has the fields above");
-    let (queue, failures) = (Mutex::new(suite.cases.iter()), Mutex::new(BTreeMap::new()));
+    let cases: Vec<_> = suite.cases.iter().filter_map(|case| on_tier(case, sandbox.tier())).collect();
+    let (queue, failures) = (Mutex::new(cases.iter()), Mutex::new(BTreeMap::new()));
     std::thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
@@ -89,7 +123,24 @@ fn attack() {
     assert!(failures.is_empty(), "on the {} tier: {failures:#?}", sandbox.tier());
     let tier = sandbox.tier();
     nothing_is_left(sandbox);
-    println!("{} attacks held on the {tier} tier", suite.cases.len());
+    println!("{} attacks held on the {tier} tier", cases.len());
+}
+
+/// The case as it is for a tier, if it is for that one.
+fn on_tier(case: &Case, tier: Tier) -> Option<Case> {
+    let mut case = case.clone();
+    if case.tier.is_some_and(|only| only != tier) {
+        return None;
+    }
+    if let Some(here) = case.landlock.take().filter(|_| tier == Tier::Landlock) {
+        if let Some(reason) = here.not_run {
+            println!("{} NOT RUN on the {tier} tier: {reason}", case.name);
+            return None;
+        }
+        case.outcome = here.outcome.unwrap_or(case.outcome);
+        case.must = here.must.unwrap_or(case.must);
+    }
+    Some(case)
 }
 
 fn folder() -> &'static Path {
@@ -144,7 +195,7 @@ fn judge(case: &Case, outcome: &Outcome, seconds: f64) -> Result<(), String> {
 /// The zygote is process 1 of its pid namespace: every orphan of a snippet would be found below it.
 fn nothing_is_left(sandbox: Sandbox) {
     let me = std::process::id();
-    for zygote in common::children(me) {
+    for zygote in common::children(me).into_iter().map(|child| common::zygote_of(child)) {
         assert_eq!(common::children(zygote), [0_u32; 0], "an orphan or a zombie is left");
     }
     drop(sandbox);

@@ -19,10 +19,16 @@ fn alone() -> std::sync::MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-fn only_zygote() -> u32 {
+/// The process that this one has started: the zygote, or its warden.
+fn only_child() -> u32 {
     let children = common::children(std::process::id());
     assert_eq!(children.len(), 1, "{children:?}");
     children[0]
+}
+
+/// The process whose children are snippets and sessions.
+fn only_zygote() -> u32 {
+    common::zygote_of(only_child())
 }
 
 fn pid(id: u32) -> Pid {
@@ -43,10 +49,10 @@ fn wait_for_end(process: u32, handle: &OwnedFd) {
 fn a_killed_zygote_is_replaced_by_the_next_call() {
     let _alone = alone();
     let sandbox = common::start(&[]);
-    let first = only_zygote();
-    let handle = open(first);
+    let (first, child) = (only_zygote(), only_child());
+    let handle = open(child);
     rustix::process::kill_process(pid(first), Signal::KILL).expect("killed");
-    wait_for_end(first, &handle); // a signal takes a moment, and until then the zygote may still take a call
+    wait_for_end(child, &handle); // a signal takes a moment, and until then the zygote may still take a call
     assert_eq!(common::run(&sandbox, "print(1)").stdout, "1\n");
     assert_ne!(only_zygote(), first, "the first one is reaped and a second one serves");
 }
@@ -101,7 +107,7 @@ fn descriptors_do_not_pile_up() {
 }
 
 #[test]
-fn an_owner_killed_with_sigkill_leaves_no_process() {
+fn an_owner_killed_with_sigkill_leaves_no_process_and_no_file() {
     let _alone = alone();
     let mut owner =
         common::again("own_a_sandbox_until_killed").stdout(Stdio::piped()).spawn().expect("starts");
@@ -114,13 +120,15 @@ fn an_owner_killed_with_sigkill_leaves_no_process() {
         .split(' ')
         .map(|id| id.parse().expect("a number"))
         .collect();
-    assert!(processes.len() >= 2, "a zygote and a snippet: {processes:?}");
+    assert!(processes.len() >= 6, "a zygote and a snippet's four: {processes:?}");
     let handles: Vec<_> = processes.iter().map(|id| open(*id)).collect();
+    let directory = processes.last().and_then(|snippet| common::directory_of(*snippet));
     owner.kill().expect("killed");
     owner.wait().expect("reaped");
     for (process, handle) in processes.iter().zip(&handles) {
         wait_for_end(*process, handle);
     }
+    assert!(!directory.is_some_and(|path| path.exists()), "its directory is left");
 }
 
 #[test]
@@ -132,14 +140,14 @@ fn a_session_survives_its_zygote_s_retirement_and_not_its_death() {
         sandbox.turn("long", &Snippet { code, seed: 0, limits: None }).expect("the sandbox works")
     };
     turn("x = 5");
-    let of_session = only_zygote();
-    let handle = open(of_session);
+    let (of_session, child) = (only_zygote(), only_child());
+    let handle = open(child);
     for _ in 0..5 {
         common::run(&sandbox, "print(1)");
     }
     assert_eq!(turn("print(x)").outcome.stdout, "5\n");
     rustix::process::kill_process(pid(of_session), Signal::KILL).expect("killed");
-    wait_for_end(of_session, &handle);
+    wait_for_end(child, &handle);
     let next = turn("print('x' in globals())");
     assert_eq!((next.outcome.stdout.as_str(), next.restarted), ("False\n", true), "{next:?}");
 }
@@ -160,6 +168,51 @@ fn a_session_ends_with_its_owner_s_word_and_with_the_pool() {
     assert_eq!(common::children(std::process::id()), [0_u32; 0]);
 }
 
+/// What a snippet has started when its zygote, or the warden of that, is killed.
+#[test]
+fn a_killed_zygote_or_warden_leaves_no_process_and_no_file() {
+    let _alone = alone();
+    for whom in [only_zygote as fn() -> u32, only_child] {
+        let sandbox = common::start(&[]);
+        let zygote = only_zygote();
+        std::thread::scope(|scope| {
+            let limits =
+                Some(agentfly_sandbox::Limits { wall: Duration::from_secs(60), ..Default::default() });
+            let code = "import os, time\nopen('file', 'w').write('x')\nos.fork()\nos.fork()\ntime.sleep(60)";
+            let call = scope.spawn(|| sandbox.run(&Snippet { code, seed: 0, limits }));
+            let made = four_of(zygote);
+            let handles: Vec<_> = made.iter().map(|id| open(*id)).collect();
+            let directory = common::directory_of(made[0]);
+            rustix::process::kill_process(pid(whom()), Signal::KILL).expect("killed");
+            for (process, handle) in made.iter().zip(&handles) {
+                wait_for_end(*process, handle);
+            }
+            assert!(matches!(call.join().expect("no panic"), Err(SandboxError::ZygoteLost)));
+            assert!(!directory.is_some_and(|path| path.exists()), "its directory is left");
+        });
+        drop(sandbox);
+        assert_eq!(common::children(std::process::id()), [0_u32; 0]);
+    }
+}
+
+/// The four processes of a snippet that forks twice.
+fn four_of(zygote: u32) -> Vec<u32> {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let below = common::descendants(zygote);
+        if below.len() == 4 {
+            return below;
+        }
+        assert!(Instant::now() < deadline, "the snippet has not made its processes: {below:?}");
+    }
+}
+
+#[test]
+fn all_of_this_holds_without_namespaces() {
+    let _alone = alone();
+    common::all_again_without_namespaces();
+}
+
 #[test]
 #[ignore = "run by the test above, which kills it"]
 fn own_a_sandbox_until_killed() {
@@ -167,14 +220,10 @@ fn own_a_sandbox_until_killed() {
     let zygote = only_zygote();
     std::thread::scope(|scope| {
         let limits = Some(agentfly_sandbox::Limits { wall: Duration::from_secs(60), ..Default::default() });
-        let code = "import os, time\nos.fork()\ntime.sleep(60)";
+        let code = "import os, time\nos.fork()\nos.fork()\ntime.sleep(60)";
         scope.spawn(|| sandbox.run(&Snippet { code, seed: 0, limits }));
-        let deadline = Instant::now() + Duration::from_secs(20);
-        let mut below = Vec::new();
-        while below.is_empty() && Instant::now() < deadline {
-            below = common::children(zygote);
-        }
-        let all: Vec<_> = [zygote].into_iter().chain(below).map(|id| id.to_string()).collect();
+        let below = four_of(zygote);
+        let all: Vec<_> = [only_child(), zygote].into_iter().chain(below).map(|id| id.to_string()).collect();
         println!("processes {}", all.join(" "));
     });
 }

@@ -9,11 +9,12 @@ import os
 import resource
 import signal
 
-SECCOMP = (4, 5)
+FIRST_PROGRAM = 4
+# Flags of a request.
+SESSION, ECHO = 1, 2
 MIB = 1 << 20
 # Address space beyond the memory limit: stacks and allocator arenas are reserved, never filled.
 ADDRESS_SLACK = 512 * MIB
-SHM_BYTES = 16 * MIB
 
 NEW_NAMESPACES = (
     0x10000000  # user
@@ -25,12 +26,12 @@ NEW_NAMESPACES = (
 )
 CLONE_PIDFD, CLONE_PARENT = 0x1000, 0x8000
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
-PR_SET_DUMPABLE, PR_SET_SECCOMP, SECCOMP_MODE_FILTER, PR_SET_NO_NEW_PRIVS = 4, 22, 2, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+SECCOMP_MODE_FILTER = 2
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 
 
 libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL keeps the interpreter lock, which a fork needs
-UID, GID = os.getuid(), os.getgid()
 
 
 def check(result, what):
@@ -65,10 +66,10 @@ class LandlockPath(ctypes.Structure):
     _fields_ = [("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32)]
 
 
-def read_programs():
+def read_programs(count):
     """The seccomp programs, kept in memory: their descriptors are closed here."""
     programs = []
-    for descriptor in SECCOMP:
+    for descriptor in range(FIRST_PROGRAM, FIRST_PROGRAM + count):
         with open(descriptor, "rb") as file:
             code = file.read()
         buffer = ctypes.create_string_buffer(code, len(code))
@@ -80,6 +81,11 @@ class Landlock:
     """File, network and signal rights, as far as this kernel's Landlock goes."""
 
     EXECUTE, WRITE, READ, LIST, TRUNCATE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 14
+    PROGRAM = EXECUTE | READ
+    READ_ONLY = PROGRAM | LIST
+    DEVICE = WRITE | READ | TRUNCATE
+    ALL = (1 << 16) - 1
+    ALL_BUT_EXECUTE = ALL & ~EXECUTE
 
     def __init__(self):
         self.version = syscall(LANDLOCK_CREATE, None, 0, 1)  # below 1: absent or switched off
@@ -89,21 +95,17 @@ class Landlock:
             if self.version >= version:
                 self.files |= right
 
-    def restrict(self):
-        """Binds the calling process for good."""
+    def restrict(self, rules):
+        """Binds the calling process for good to (path, rights below it)."""
         if self.version < 1:
             return
         # No TCP connect or bind from version 4, no abstract sockets or signals outside from version 6.
         ruleset = LandlockRuleset(self.files, 3 if self.version >= 4 else 0, 3 if self.version >= 6 else 0)
         size = 24 if self.version >= 6 else 16 if self.version >= 4 else 8
         handle = check(syscall(LANDLOCK_CREATE, ctypes.byref(ruleset), size, 0), "landlock_create_ruleset")
-        read_only = self.EXECUTE | self.READ | self.LIST
-        device = (self.WRITE | self.READ | self.TRUNCATE) & self.files
-        rules = [("/", read_only), ("/tmp", self.files), ("/dev/shm", self.files & ~self.EXECUTE)]
-        rules += [(f"/dev/{name}", device) for name in ("null", "zero", "full")]
         for path, allowed in rules:
             parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            rule = LandlockPath(allowed, parent)
+            rule = LandlockPath(allowed & self.files, parent)
             check(syscall(LANDLOCK_ADD, handle, 1, ctypes.byref(rule), 0), f"landlock_add_rule {path}")
             os.close(parent)
         check(syscall(LANDLOCK_RESTRICT, handle, 0), "landlock_restrict_self")
@@ -125,17 +127,23 @@ def write_once(path, content):
         os.close(descriptor)
 
 
-def isolate(request, address_bytes, landlock):
-    """Gives a process in new namespaces its own /tmp and /proc, its limits, and no rights; `address_bytes` it has."""
-    _, tasks, _, memory, cpu_seconds, tmp_bytes, file_bytes, open_files, _ = request
-    write_once("/proc/self/setgroups", b"deny")
-    write_once("/proc/self/uid_map", b"%d %d 1" % (UID, UID))
-    write_once("/proc/self/gid_map", b"%d %d 1" % (GID, GID))
-    plain = MS_NOSUID | MS_NODEV
-    mount("tmpfs", "/tmp", plain, f"size={tmp_bytes},nr_inodes=4096,mode=700")
-    mount("tmpfs", "/dev/shm", plain | MS_NOEXEC, f"size={SHM_BYTES},nr_inodes=64,mode=700")
-    mount("proc", "/proc", plain | MS_NOEXEC, "subset=pid")
-    os.chdir("/tmp")
+def become_subreaper():
+    """Orphans below this process become its children."""
+    check(libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
+
+
+def end_with_parent(parent):
+    """The kernel kills this process when `parent` ends."""
+    check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "parent-death signal")
+    if os.getppid() != parent:
+        os._exit(1)  # it had ended before
+
+
+def isolate(place, request, address_bytes, landlock):
+    """Gives a process its place, its limits, and no rights; `address_bytes` of address space it has already."""
+    _, tasks, _, memory, cpu_seconds, tmp_bytes, file_bytes, open_files, flags = request
+    os.setpgid(0, 0)
+    place.enter(tmp_bytes)
     try:
         write_once("/proc/self/oom_score_adj", b"1000")
     except OSError:
@@ -156,13 +164,13 @@ def isolate(request, address_bytes, landlock):
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    landlock.restrict()
+    landlock.restrict(place.rules(of_first_process=bool(flags & SESSION)))
     header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     check(libc.capset(header, nothing), "capset")
 
 
 def forbid(programs):
-    """Leaves the process the system calls of the table (seccomp/table.rs) alone."""
+    """Leaves the calling process the system calls of the table (seccomp/table.rs) alone."""
     for _, program in programs:
         check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0), "seccomp")
 

@@ -7,7 +7,8 @@
 A head is a process whose memory is the state after the last good turn. For a turn it makes a copy of itself, a child of
 process 1 and not of its own, so that process 1 learns how it ends. Process 1 never runs code of the session, cannot be
 traced or read by it, and takes its word for nothing but the exit code: what the heads send is a kind, a number and, from
-the kernel, the sender. After each turn every process but the head is ended, and the head is stopped.
+the kernel, the sender. After each turn the head is stopped, and every other process of the heads' group is ended; none can
+leave it (leftovers.py).
 """
 
 import os
@@ -20,34 +21,34 @@ import threading
 import time
 
 import isolation
+import leftovers
 import script
 
 # From the supervisor (kind, flags), and to it (kind, turn, wait status, peak of resident memory, kept).
 ORDER = struct.Struct("<II")
 TURN, END_TURN = 1, 2
-ECHO = 2
 REPORT = struct.Struct("<IIqQQ")
 BEGUN, ENDED = 5, 6
 # From a head: (kind, exit code).
 NOTE = struct.Struct("<II")
 STARTED, DONE = 1, 2
 CREDENTIALS = struct.Struct("3i")
-# How often orphans are reaped while a turn runs, and how long ending all processes may take: to give back gigabytes
-# takes a moment.
+# How often orphans are reaped while a turn runs.
 REAP_MILLISECONDS = 100
-END_SECONDS = 10
+# How long a head may take to stop, and what it made to end: to give back gigabytes takes a moment.
+STOP_SECONDS, END_SECONDS = 10, 2
 
 
 class Lost(Exception):
     """The state is gone, and the session with it."""
 
 
-def serve(supervisor, clone, programs, seed):
-    """Process 1: serves turns until the supervisor closes the socket. Never returns."""
+def serve(supervisor, clone, bind, seed):
+    """Process 1: serves turns until the supervisor closes the socket. Never returns. `bind` gives up a head's rights."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         isolation.check(isolation.libc.prctl(isolation.PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
-        keeper = Keeper(supervisor, clone, programs, seed)
+        keeper = Keeper(supervisor, clone, bind, seed)
         supervisor.send(REPORT.pack(BEGUN, 0, 0, 0, 0))
         number = 0
         while True:
@@ -68,15 +69,19 @@ def serve(supervisor, clone, programs, seed):
 class Keeper:
     """The head, and what ends everything else."""
 
-    def __init__(self, supervisor, clone, programs, seed):
+    def __init__(self, supervisor, clone, bind, seed):
         self.supervisor = supervisor
         self.ended = {}  # process → (wait status, peak of resident memory)
+        isolation.become_subreaper()
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.head, _ = isolation.fork(clone, 0)
         if self.head == 0:
+            os.setpgid(0, 0)
             supervisor.close()
             self.channel.close()
-            be_head(theirs, clone, programs, seed)
+            be_head(theirs, clone, bind, seed)
+        os.setpgid(self.head, self.head)
+        self.group = self.head
         theirs.close()
 
     def turn(self, number, flags, descriptors):
@@ -98,7 +103,7 @@ class Keeper:
         if kept:
             os.kill(copy, signal.SIGSTOP)
             self.head, self.channel = copy, ours
-        self.end_all_but(self.head)
+        self.end_all_but_the_head()
         status, peak_at_end = self.ended.pop(copy, (0, 0))
         self.ended.clear()
         return (status if exit_code is None else exit_code << 8), max(peak_bytes, peak_at_end), int(kept)
@@ -139,25 +144,48 @@ class Keeper:
                 return
             self.ended[process] = (status, used.ru_maxrss * 1024)
 
-    def end_all_but(self, head):
-        """Ends every process but these two. What is made meanwhile is seen in the next round."""
-        told, deadline = set(), time.monotonic() + END_SECONDS
-        while time.monotonic() < deadline:
-            others = {other for other in processes() if other not in (1, head) and runs(other)}
-            for other in others:
-                try:
-                    os.kill(other, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-            self.reap()
-            if head in self.ended:
+    def end_all_but_the_head(self):
+        """Ends every other process of the group, and makes the head's own of it."""
+        if not self.wait(self.head_has_stopped, STOP_SECONDS):
+            raise Lost
+        # From here on the head makes no process.
+        try:
+            os.setpgid(self.head, os.getpgrp())
+            leftovers.end_group(self.group)
+            # All are killed. Waiting gives their memory back; what the code hides from that are zombies of the head's own.
+            self.wait(self.group_has_ended, END_SECONDS)
+            os.setpgid(self.head, self.head)
+        except OSError as error:  # it has executed another program
+            raise Lost from error
+        self.group = self.head
+
+    def wait(self, condition, seconds):
+        """Asks until it holds; False if it does not so long."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if self.head in self.ended:
                 raise Lost
-            if not others:
-                return
-            if others <= told:
-                time.sleep(0.001)  # nothing new was made: they are on their way
-            told = others
-        raise Lost
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.0002)
+        return True
+
+    def head_has_stopped(self):
+        """Whether it has, of the signal that it was sent."""
+        self.reap()
+        try:
+            return os.waitid(os.P_PID, self.head, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError as error:
+            raise Lost from error
+
+    def group_has_ended(self):
+        """Whether nothing is left of it."""
+        self.reap()
+        try:
+            os.killpg(self.group, 0)
+        except ProcessLookupError:
+            return True
+        return False
 
 
 def note(ours):
@@ -171,20 +199,6 @@ def note(ours):
     return 0, 0, 0
 
 
-def processes():
-    """Every process of the session."""
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-
-
-def runs(process):
-    """Whether it is more than a zombie; of those some are the stopped head's to reap."""
-    try:
-        with open(f"/proc/{process}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] != b"Z"
-    except OSError:
-        return False
-
-
 def peak(process):
     """The most memory it had resident, in bytes; 0 once it has ended."""
     try:
@@ -194,18 +208,18 @@ def peak(process):
         return 0
 
 
-def be_head(channel, clone, programs, seed):
+def be_head(channel, clone, bind, seed):
     """The first head, and in its copies all others: waits for turns and runs them. Never returns."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     isolation.check(isolation.libc.prctl(isolation.PR_SET_DUMPABLE, 1, 0, 0, 0), "dumpable")
-    isolation.forbid(programs)
+    bind()
     script.seed_everything(seed)
     namespace, on_child = script.new_namespace(), signal.SIG_DFL
     while True:
         number, flags, code, channel = next_turn(channel, clone)
         me = os.getpid()
         signal.signal(signal.SIGCHLD, on_child)
-        exit_code = script.run(code, namespace, f"<turn {number}>", flags & ECHO)
+        exit_code = script.run(code, namespace, f"<turn {number}>", flags & isolation.ECHO)
         script.settle(other.join for other in threading.enumerate() if waits_for(other))
         if os.getpid() != me:
             os._exit(exit_code)  # a fork of the code's own that came to its end

@@ -1,9 +1,10 @@
-"""The warm interpreter: imports what snippets use, then forks once per snippet into namespaces of its own.
+"""The warm interpreter: imports what snippets use, then forks once per snippet into a place of its own (place.py).
 
-Started by the supervisor (spawn.rs) inside the jail, without privileges, with an empty environment, as process 1 of
-its pid namespace, single-threaded. Descriptors: 3 is the control socket (messages: protocol.rs), 4 and 5 are the
-seccomp programs. It never reads a snippet's code or output, so it cannot carry one snippet's data to the next: the
-code arrives as a descriptor that only the child reads, the output leaves through pipes that only the child holds.
+Started by the supervisor (spawn.rs) without privileges and with an empty environment, single-threaded: inside the jail, as
+process 1 of its pid namespace, or where there are no namespaces by warden.py. Descriptors: 3 is the control socket
+(messages: protocol.rs), those from 4 are the seccomp programs. It never reads a snippet's code or output, so it cannot carry one
+snippet's data to the next: the code arrives as a descriptor that only the child reads, the output leaves through pipes that
+only the child holds.
 
 What must stay true: everything between the clone and `run` happens before any code of the snippet exists in the
 process, and any failure there ends the child without running it.
@@ -17,9 +18,11 @@ import socket
 import struct
 import sys
 
-OWN_MODULES = "/opt/agentfly"
+OWN_MODULES = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, OWN_MODULES)
 import isolation
+import leftovers
+import place
 import script
 import session
 
@@ -29,8 +32,6 @@ REQUEST = struct.Struct("<IIQQQQQII")
 REPLY = struct.Struct("<IIqQQ")
 READY, SPAWNED, EXITED, FAULT = 1, 2, 3, 4
 CONTROL = 3
-# Flags of a request.
-SESSION, ECHO = 1, 2
 
 # Libraries load parts of themselves on first use; using them here saves every child that time.
 WARM_UP = {
@@ -51,89 +52,124 @@ verify(parse(r"$\frac{1}{2}$"), parse("0.5")); verify(parse(r"\boxed{x^2+1}"), p
 """,
 }
 
-def child(request, descriptors, control):
-    """Everything the forked process does; it never returns."""
-    try:
-        isolation.isolate(request, IMAGE_ADDRESS_BYTES, rights)
-        if request[-1] & SESSION:
-            begin = begin_session
-        else:
-            begin = begin_snippet
-        work = begin(request, descriptors)
-    except BaseException as error:
-        control.send(REPLY.pack(FAULT, request[0], 0, 0, 0) + repr(error).encode()[:400])
-        os._exit(1)
-    work()
+class Zygote:
+    """What its children start with."""
 
+    def __init__(self, clone, programs, where, packages, modules):
+        self.clone, self.place = clone, where
+        self.filters = isolation.read_programs(programs)
+        self.rights = isolation.Landlock()
+        prepare(packages, modules)
+        for own in ("isolation", "leftovers", "place", "script", "session", "warden", "zygote"):
+            sys.modules.pop(own, None)
+        self.control = socket.socket(fileno=CONTROL)
+        self.children = {}  # descriptor → (process, call)
+        gc.collect()
+        gc.freeze()
+        isolation.use_huge_pages()
+        self.address_bytes = kibibytes("/proc/self/status", "VmSize:")
+        # Anonymous memory alone: each child starts with all of it, but with no more of the libraries' pages than it touches,
+        # and how many of those are resident here depends on the page cache of the moment.
+        image_bytes = kibibytes("/proc/self/status", "RssAnon:")
+        self.control.send(REPLY.pack(READY, 0, self.rights.version, image_bytes, 0))
 
-def begin_snippet(request, descriptors):
-    """Gives up the last rights, and returns what runs the snippet."""
-    code, stdout, stderr = descriptors
-    isolation.forbid(filters)
-    with open(code, "rb", closefd=False) as file:
-        source = file.read()
-    script.connect(stdout, stderr)
-    script.seed_everything(request[2])
+    def serve(self, warden):
+        """Forks for every request and reports every end, until the supervisor closes the socket or the warden ends."""
+        events = select.epoll()
+        events.register(CONTROL, select.EPOLLIN)
+        if warden is not None:
+            events.register(warden, select.EPOLLIN)
+        while True:
+            for descriptor, _ in events.poll():
+                if descriptor in self.children:
+                    events.unregister(descriptor)
+                    self.report_end(descriptor)
+                elif descriptor == warden:
+                    leftovers.end_strays()
+                    leftovers.remove(self.place.home)
+                    os._exit(1)
+                elif handle := self.take_request():
+                    events.register(handle, select.EPOLLIN)
 
-    def work():
-        os.closerange(3, 1 << 20)
-        exit_code = script.run(source, script.new_namespace(), "<snippet>", request[-1] & ECHO)
-        script.finish()
-        os._exit(exit_code)
+    def report_end(self, handle):
+        """A child has ended."""
+        process, call = self.children.pop(handle)
+        os.close(handle)
+        status, used = self.place.reap(process, {process for process, _ in self.children.values()})
+        cpu_microseconds = int((used.ru_utime + used.ru_stime) * 1e6)
+        self.control.send(REPLY.pack(EXITED, call, status, used.ru_maxrss * 1024, cpu_microseconds))
 
-    return work
+    def take_request(self):
+        """Forks for a request. Returns the descriptor of the child; None if there is none."""
+        message, descriptors, _, _ = socket.recv_fds(self.control, 512, 8)
+        if not message:
+            os._exit(0)
+        request = REQUEST.unpack(message)
+        try:
+            process, handle = isolation.fork(self.clone, self.place.flags | isolation.CLONE_PIDFD)
+        except OSError as error:
+            process, handle = None, None
+            self.tell_fault(request, error)
+        if process == 0:
+            self.be_child(request, descriptors)
+        for each in descriptors:
+            os.close(each)
+        if process is None:
+            return None
+        self.place.adopt(process)
+        socket.send_fds(self.control, [REPLY.pack(SPAWNED, request[0], process, 0, 0)], [handle])
+        self.children[handle] = (process, request[0])
+        return handle
 
+    def tell_fault(self, request, error):
+        """Says why a snippet is not run."""
+        self.control.send(REPLY.pack(FAULT, request[0], 0, 0, 0) + repr(error).encode()[:400])
 
-def begin_session(request, descriptors):
-    """Returns what serves the turns of a session; one of the descriptors is its socket."""
-    supervisor = socket.socket(fileno=os.dup(descriptors[0]))
-    nothing = os.open("/dev/null", os.O_RDWR)
-    script.connect(nothing, nothing)
-    keep = supervisor.fileno()
+    def be_child(self, request, descriptors):
+        """Everything the forked process does; it never returns."""
+        try:
+            isolation.isolate(self.place, request, self.address_bytes, self.rights)
+            begin = self.begin_session if request[-1] & isolation.SESSION else self.begin_snippet
+            work = begin(request, descriptors)
+        except BaseException as error:
+            self.tell_fault(request, error)
+            os._exit(1)
+        work()
 
-    def work():
-        os.closerange(3, keep)
-        os.closerange(keep + 1, 1 << 20)
-        session.serve(supervisor, clone_number, filters, request[2])
+    def begin_snippet(self, request, descriptors):
+        """Gives up the last rights, and returns what runs the snippet."""
+        code, stdout, stderr = descriptors
+        isolation.forbid(self.filters)
+        with open(code, "rb", closefd=False) as file:
+            source = file.read()
+        script.connect(stdout, stderr)
+        script.seed_everything(request[2])
 
-    return work
+        def work():
+            os.closerange(3, 1 << 20)
+            exit_code = script.run(source, script.new_namespace(), "<snippet>", request[-1] & isolation.ECHO)
+            script.finish()
+            os._exit(exit_code)
 
+        return work
 
-def serve(control):
-    """Forks for every request and reports every end, until the supervisor closes the socket."""
-    events = select.epoll()
-    events.register(CONTROL, select.EPOLLIN)
-    children = {}
-    while True:
-        for descriptor, _ in events.poll():
-            if descriptor != CONTROL:
-                process, call = children.pop(descriptor)
-                events.unregister(descriptor)
-                os.close(descriptor)
-                _, status, used = os.wait4(process, 0)
-                cpu_microseconds = int((used.ru_utime + used.ru_stime) * 1e6)
-                control.send(REPLY.pack(EXITED, call, status, used.ru_maxrss * 1024, cpu_microseconds))
-                continue
-            message, descriptors, _, _ = socket.recv_fds(control, 512, 8)
-            if not message:
-                os._exit(0)
-            request = REQUEST.unpack(message)
-            try:
-                process, handle = isolation.fork(
-                    clone_number, isolation.NEW_NAMESPACES | isolation.CLONE_PIDFD
-                )
-            except OSError as error:
-                for each in descriptors:
-                    os.close(each)
-                control.send(REPLY.pack(FAULT, request[0], 0, 0, 0) + repr(error).encode()[:400])
-                continue
-            if process == 0:
-                child(request, descriptors, control)
-            for each in descriptors:
-                os.close(each)
-            socket.send_fds(control, [REPLY.pack(SPAWNED, request[0], process, 0, 0)], [handle])
-            children[handle] = (process, request[0])
-            events.register(handle, select.EPOLLIN)
+    def begin_session(self, request, descriptors):
+        """Returns what serves the turns of a session; one of the descriptors is its socket."""
+        supervisor = socket.socket(fileno=os.dup(descriptors[0]))
+        nothing = os.open("/dev/null", os.O_RDWR)
+        script.connect(nothing, nothing)
+        keep = supervisor.fileno()
+
+        def bind():
+            self.rights.restrict(self.place.rules())
+            isolation.forbid(self.filters[-2:])  # without the one against siblings, where there is one
+
+        def work():
+            os.closerange(3, keep)
+            os.closerange(keep + 1, 1 << 20)
+            session.serve(supervisor, self.clone, bind, request[2])
+
+        return work
 
 
 def kibibytes(path, key):
@@ -162,20 +198,12 @@ def prepare(packages, modules):
         exec(WARM_UP.get(module, ""), {})
 
 
-clone_text, packages, *modules = sys.argv[1:]
-clone_number = int(clone_text)
-filters = isolation.read_programs()
-rights = isolation.Landlock()
-prepare(packages, modules)
-for own in ("isolation", "script", "session"):
-    del sys.modules[own]
-control_socket = socket.socket(fileno=CONTROL)
-gc.collect()
-gc.freeze()
-isolation.use_huge_pages()
-IMAGE_ADDRESS_BYTES = kibibytes("/proc/self/status", "VmSize:")
-# Anonymous memory alone: each child starts with all of it, but with no more of the libraries' pages than it touches, and
-# how many of those are resident here depends on the page cache of the moment.
-image_bytes = kibibytes("/proc/self/status", "RssAnon:")
-control_socket.send(REPLY.pack(READY, 0, rights.version, image_bytes, 0))
-serve(control_socket)
+def main(arguments, warden=None):
+    """Becomes the zygote; with a warden, a descriptor that ends when it does. Never returns."""
+    home, readable, clone, programs, packages, *modules = arguments
+    where = place.Directory(home, readable.split(os.pathsep)) if home else place.Namespaces()
+    Zygote(int(clone), int(programs), where, packages, modules).serve(warden)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

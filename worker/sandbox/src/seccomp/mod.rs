@@ -12,13 +12,24 @@ use serde_json::{Value, json};
 
 use crate::error::SandboxError;
 
+/// What of the node is around a snippet, and with it what its calls could reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Around {
+    /// Namespaces of its own.
+    Namespaces,
+    /// The node itself, as a process among others of the same user. `signals`: Landlock keeps signals to the snippet's own
+    /// processes (from its version 6).
+    Node { signals: bool },
+}
+
 /// The programs for this architecture, in the order of installation, each as the kernel's `struct sock_filter` array in
-/// bytes.
+/// bytes. The last two are for everybody; one before them is not for the heads of a session (`python/session.py`), which clone
+/// siblings.
 ///
 /// # Errors
 /// [`SandboxError::Unsupported`] on an architecture without a table, [`SandboxError::Config`] if the table contradicts
 /// itself.
-pub(crate) fn programs() -> Result<Vec<Vec<u8>>, SandboxError> {
+pub(crate) fn programs(around: Around) -> Result<Vec<Vec<u8>>, SandboxError> {
     let arch = TargetArch::try_from(std::env::consts::ARCH).ok().filter(|arch| *arch != TargetArch::riscv64);
     let arch = arch.ok_or_else(|| {
         SandboxError::Unsupported(format!(
@@ -26,26 +37,27 @@ pub(crate) fn programs() -> Result<Vec<Vec<u8>>, SandboxError> {
             std::env::consts::ARCH
         ))
     })?;
-    Ok(compiled(arch)?.iter().map(bytes_of).collect())
+    Ok(compiled(arch, around)?.iter().map(bytes_of).collect())
 }
 
-fn compiled(arch: TargetArch) -> Result<[BpfProgram; 2], SandboxError> {
-    let no_clone3 = json!({
-        "mismatch_action": "allow",
-        "match_action": {"errno": libc::ENOSYS},
-        "filter": [{"syscall": "clone3"}],
-    });
-    let of_this_arch = if arch == TargetArch::x86_64 { table::X86_64_ALONE } else { &[] };
-    // The first program answers clone3; here it only must not turn into EPERM, which would win over ENOSYS.
-    let plain = table::EVERYWHERE.iter().chain(of_this_arch).chain(&["clone3"]);
-    let mut rules: Vec<Value> = plain.map(|call| json!({"syscall": call})).collect();
-    rules.extend(table::by_argument());
+fn compiled(arch: TargetArch, around: Around) -> Result<Vec<BpfProgram>, SandboxError> {
+    let refuse = |errno: i32, rules: &[Value]| json!({"mismatch_action": "allow", "match_action": {"errno": errno}, "filter": rules});
     let allowed = json!({
         "mismatch_action": {"errno": libc::EPERM},
         "match_action": "allow",
-        "filter": rules,
+        "filter": table::rules(arch == TargetArch::x86_64, around),
     });
-    Ok([compile(&no_clone3, arch)?, compile(&allowed, arch)?])
+    // The last one refuses to install another.
+    let mut programs = vec![
+        compile(&refuse(libc::ENOSYS, &[json!({"syscall": "clone3"})]), arch)?,
+        compile(&allowed, arch)?,
+    ];
+    if around != Around::Namespaces {
+        // A sibling would be no descendant of the process whose descendants are watched. In a pid namespace that process
+        // is the first, which cannot have siblings.
+        programs.insert(0, compile(&refuse(libc::EPERM, &[table::clone_of_a_sibling()]), arch)?);
+    }
+    Ok(programs)
 }
 
 fn compile(filter: &Value, arch: TargetArch) -> Result<BpfProgram, SandboxError> {

@@ -1,79 +1,132 @@
 //! The names: what a snippet may call. Numbers are the architecture's.
 //!
 //! Calls that make namespaces or mounts, trace processes, load programs into the kernel or hold memory outside the
-//! accounting (memfd, System V shared memory) must stay out of it.
+//! accounting (memfd, System V shared memory) must stay out of it, and so must those that leave the process group or the
+//! session, by which everything that a snippet started is ended.
 
 use serde_json::{Value, json};
 
-/// Allowed with any arguments, on every architecture.
+use super::Around;
+
+/// Allowed with any arguments, everywhere.
 #[rustfmt::skip]
 pub(super) const EVERYWHERE: &[&str] = &[
     // files that are open
     "read", "write", "close", "lseek", "pread64", "pwrite64", "readv", "writev", "preadv", "pwritev", "preadv2",
-    "pwritev2", "sendfile", "splice", "tee", "copy_file_range", "fcntl", "flock", "fsync", "fdatasync", "truncate",
+    "pwritev2", "sendfile", "splice", "tee", "copy_file_range", "flock", "fsync", "fdatasync", "truncate",
     "ftruncate", "fallocate", "fadvise64", "dup", "dup3", "close_range", "pipe2",
     // names of files
     "openat", "fstat", "newfstatat", "statx", "statfs", "fstatfs", "faccessat", "faccessat2", "getdents64", "getcwd",
-    "chdir", "fchdir", "renameat", "renameat2", "mkdirat", "linkat", "unlinkat", "symlinkat", "readlinkat", "fchmod",
-    "fchmodat", "umask", "utimensat", "getxattr", "lgetxattr", "fgetxattr", "listxattr", "llistxattr", "flistxattr",
-    "inotify_init1", "inotify_add_watch", "inotify_rm_watch",
+    "chdir", "fchdir", "renameat", "renameat2", "mkdirat", "linkat", "unlinkat", "symlinkat", "readlinkat", "umask",
     // memory
     "mmap", "munmap", "mprotect", "mremap", "msync", "mincore", "madvise", "brk", "membarrier",
     // waiting
     "ppoll", "pselect6", "epoll_create1", "epoll_ctl", "epoll_pwait", "epoll_pwait2", "eventfd2", "signalfd4",
     "timerfd_create", "timerfd_settime", "timerfd_gettime", "futex", "nanosleep", "clock_nanosleep", "sched_yield",
     "restart_syscall",
-    // local sockets (which families: by_argument)
-    "bind", "listen", "connect", "accept", "accept4", "getsockname", "getpeername", "setsockopt", "getsockopt",
-    "shutdown", "sendto", "recvfrom", "sendmsg", "recvmsg", "sendmmsg", "recvmmsg",
+    // pairs of local sockets (which: by_argument)
+    "getsockname", "getpeername", "setsockopt", "getsockopt", "shutdown", "recvfrom", "sendmsg", "recvmsg", "recvmmsg",
     // processes and threads (which clone: by_argument)
     "execve", "exit", "exit_group", "wait4", "waitid", "set_tid_address", "set_robust_list", "get_robust_list", "rseq",
-    "getpid", "gettid", "getppid", "setpgid", "getpgid", "setsid", "getsid", "pidfd_open", "pidfd_send_signal",
-    "sched_getaffinity", "sched_setaffinity", "sched_getparam", "sched_getscheduler", "sched_get_priority_max",
-    "sched_get_priority_min", "getpriority", "setpriority", "getcpu",
-    // signals (of its own pid namespace)
-    "kill", "tkill", "tgkill", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "rt_sigpending", "rt_sigtimedwait",
-    "rt_sigsuspend", "rt_sigqueueinfo", "sigaltstack",
+    "getpid", "gettid", "getppid", "getpgid", "getsid", "sched_getaffinity", "sched_getparam", "sched_getscheduler",
+    "sched_get_priority_max", "sched_get_priority_min", "getpriority", "getcpu",
+    // signals that it gets
+    "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "rt_sigpending", "rt_sigtimedwait", "rt_sigsuspend", "sigaltstack",
     // time
     "gettimeofday", "times", "clock_gettime", "clock_getres", "getitimer", "setitimer", "timer_create",
     "timer_settime", "timer_gettime", "timer_getoverrun", "timer_delete",
     // who and where am I
     "uname", "sysinfo", "getuid", "getgid", "geteuid", "getegid", "getresuid", "getresgid", "getgroups", "capget",
-    "getrlimit", "setrlimit", "prlimit64", "getrusage", "getrandom",
+    "getrlimit", "setrlimit", "getrusage", "getrandom",
 ];
 
-/// Allowed with any arguments where they exist: the older forms of calls above, which newer architectures left out.
+/// Allowed with any arguments where nobody else's files, sockets or processes are in reach. On the node itself Landlock does
+/// not control them: who owns a file may change its mode and times, and who owns a process its priority and limits.
 #[rustfmt::skip]
-pub(super) const X86_64_ALONE: &[&str] = &[
-    "open", "creat", "stat", "lstat", "access", "getdents", "rename", "mkdir", "rmdir", "link", "unlink", "symlink",
-    "readlink", "chmod", "utime", "utimes", "futimesat", "dup2", "pipe", "poll", "select", "epoll_create",
-    "epoll_wait", "eventfd", "pause", "fork", "vfork", "arch_prctl", "getpgrp", "time", "alarm",
+pub(super) const IN_NAMESPACES: &[&str] = &[
+    "fcntl", "fchmod", "fchmodat", "utimensat",
+    "getxattr", "lgetxattr", "fgetxattr", "listxattr", "llistxattr", "flistxattr",
+    "inotify_init1", "inotify_add_watch", "inotify_rm_watch",
+    "bind", "listen", "connect", "accept", "accept4", "sendto", "sendmmsg",
+    "sched_setaffinity", "setpriority", "prlimit64",
 ];
+
+/// Allowed with any arguments where they reach the snippet's own processes alone.
+#[rustfmt::skip]
+pub(super) const SIGNALS: &[&str] =
+    &["kill", "tkill", "tgkill", "rt_sigqueueinfo", "pidfd_open", "pidfd_send_signal"];
+
+/// The older forms of calls above, which newer architectures left out.
+#[rustfmt::skip]
+pub(super) const X86_64_EVERYWHERE: &[&str] = &[
+    "open", "creat", "stat", "lstat", "access", "getdents", "rename", "mkdir", "rmdir", "link", "unlink", "symlink",
+    "readlink", "dup2", "pipe", "poll", "select", "epoll_create", "epoll_wait", "eventfd", "pause", "fork", "vfork",
+    "arch_prctl", "getpgrp", "time", "alarm",
+];
+pub(super) const X86_64_IN_NAMESPACES: &[&str] = &["chmod", "utime", "utimes", "futimesat"];
 
 /// TCGETS (is it a terminal), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX.
 const IOCTLS: &[u64] = &[0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451];
-/// PDEATHSIG (set, get), GET_DUMPABLE, NAME (set, get), CAPBSET_READ, SET_VMA (names of malloc's areas).
-const PRCTLS: &[u64] = &[1, 2, 3, 15, 16, 23, 0x5356_4d41];
+/// GET_PDEATHSIG, GET_DUMPABLE, NAME (set, get), CAPBSET_READ, SET_VMA (names of malloc's areas).
+const PRCTLS: &[u64] = &[2, 3, 15, 16, 23, 0x5356_4d41];
+/// Duplicates, flags, locks, the size of a pipe. Not: leases, notices, and whom the kernel shall signal.
+const FCNTLS: &[u64] = &[0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1031, 1032];
 const UNIX: u64 = libc::AF_UNIX as u64;
+/// Sockets that have one peer for good; a datagram socket of a pair can be given another one.
+const CONNECTED: &[u64] = &[libc::SOCK_STREAM as u64, libc::SOCK_SEQPACKET as u64];
+const SOCKET_TYPE_MASK: u64 = 0xF;
 /// Every flag of `clone` that makes a namespace: time, mount, cgroup, uts, ipc, user, pid, net.
 const CLONE_NAMESPACES: u64 =
     0x80 | 0x2_0000 | 0x200_0000 | 0x400_0000 | 0x800_0000 | 0x1000_0000 | 0x2000_0000 | 0x4000_0000;
+const CLONE_PARENT: u64 = 0x8000;
 
-/// Allowed if an argument has one of some values.
-pub(super) fn by_argument() -> Vec<Value> {
-    let equal = |call: &'static str, index: u8, values: &'static [u64]| {
-        values.iter().map(move |value| {
-            json!({"syscall": call, "args": [{"index": index, "type": "dword", "op": "eq", "val": value}]})
-        })
-    };
-    let no_namespace = json!({"masked_eq": CLONE_NAMESPACES});
-    let mut rules: Vec<Value> = equal("socket", 0, &[UNIX])
-        .chain(equal("socketpair", 0, &[UNIX]))
-        .chain(equal("ioctl", 1, IOCTLS))
-        .chain(equal("prctl", 0, PRCTLS))
-        .collect();
-    rules.push(
-        json!({"syscall": "clone", "args": [{"index": 0, "type": "qword", "op": no_namespace, "val": 0}]}),
-    );
+/// Everything that is allowed.
+pub(super) fn rules(x86_64: bool, around: Around) -> Vec<Value> {
+    let in_namespaces = around == Around::Namespaces;
+    let of = |condition: bool, names: &'static [&'static str]| if condition { names } else { &[] };
+    let named = EVERYWHERE
+        .iter()
+        .chain(of(in_namespaces, IN_NAMESPACES))
+        .chain(of(around != Around::Node { signals: false }, SIGNALS))
+        .chain(of(x86_64, X86_64_EVERYWHERE))
+        .chain(of(x86_64 && in_namespaces, X86_64_IN_NAMESPACES))
+        // Another program answers clone3; here it only must not turn into EPERM, which would win over ENOSYS.
+        .chain(&["clone3"]);
+    let mut rules: Vec<Value> = named.map(|call| json!({"syscall": call})).collect();
+    rules.extend([when("clone", &[argument(0, json!({"masked_eq": CLONE_NAMESPACES}), 0)])]);
+    rules.extend(IOCTLS.iter().map(|request| when("ioctl", &[argument(1, json!("eq"), *request)])));
+    rules.extend(PRCTLS.iter().map(|option| when("prctl", &[argument(0, json!("eq"), *option)])));
+    let unix = || argument(0, json!("eq"), UNIX);
+    if in_namespaces {
+        rules.extend([when("prctl", &[argument(0, json!("eq"), 1)])]); // PDEATHSIG
+        rules.extend([when("socket", &[unix()]), when("socketpair", &[unix()])]);
+        return rules;
+    }
+    rules.extend(FCNTLS.iter().map(|command| when("fcntl", &[argument(1, json!("eq"), *command)])));
+    let of_type = |kind: &u64| argument(1, json!({"masked_eq": SOCKET_TYPE_MASK}), *kind);
+    rules.extend(CONNECTED.iter().map(|kind| when("socketpair", &[unix(), of_type(kind)])));
+    rules.extend([
+        when("sendto", &[pointer(4, 0)]),
+        when("prlimit64", &[argument(0, json!("eq"), 0)]),
+        when("sched_setaffinity", &[argument(0, json!("eq"), 0)]),
+    ]);
     rules
+}
+
+/// A clone whose parent is the caller's.
+pub(super) fn clone_of_a_sibling() -> Value {
+    when("clone", &[argument(0, json!({"masked_eq": CLONE_PARENT}), CLONE_PARENT)])
+}
+
+fn when(call: &str, arguments: &[Value]) -> Value {
+    json!({"syscall": call, "args": arguments})
+}
+
+/// The lower half of an argument, which is all that the kernel looks at in those above.
+fn argument(index: u8, operation: Value, value: u64) -> Value {
+    json!({"index": index, "type": "dword", "op": operation, "val": value})
+}
+
+fn pointer(index: u8, value: u64) -> Value {
+    json!({"index": index, "type": "qword", "op": "eq", "val": value})
 }

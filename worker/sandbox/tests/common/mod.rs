@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use agentfly_sandbox::{Outcome, Sandbox, SandboxConfig, Snippet};
+use agentfly_sandbox::{Outcome, Sandbox, SandboxConfig, Snippet, Tier};
 
 /// The interpreter that the tests run on: `AGENTFLY_SANDBOX_PYTHON`, or the environment that `make setup` makes.
 pub fn python() -> PathBuf {
@@ -22,8 +22,37 @@ pub fn python() -> PathBuf {
     python
 }
 
+/// The tier to test, instead of the strongest one: in the processes that [`again_on`] starts.
+const TIER: &str = "AGENTFLY_SANDBOX_TEST_TIER";
+
+pub fn tier() -> Option<Tier> {
+    std::env::var(TIER).ok().map(|name| name.parse().expect("a tier's name"))
+}
+
+/// Whether snippets have namespaces of their own here.
+pub fn in_namespaces() -> bool {
+    tier() != Some(Tier::Landlock)
+}
+
+/// This whole test program once more, on the landlock tier. Its tests that run it again do nothing there.
+pub fn all_again_without_namespaces() {
+    if tier().is_some() {
+        return;
+    }
+    let mut command = Command::new(std::env::current_exe().expect("a test program has a path"));
+    let output = command.env(TIER, "landlock").output().expect("the test program starts");
+    let text = text(&output);
+    assert!(output.status.success() && text.contains("test result: ok"), "on the landlock tier:\n{text}");
+}
+
+/// A command that [`again`] made, on the landlock tier.
+pub fn without_namespaces(command: &mut Command) -> &mut Command {
+    command.env(TIER, "landlock")
+}
+
 pub fn config(preload: &[&str]) -> SandboxConfig {
     SandboxConfig {
+        tier: tier(),
         slots: 4,
         preload: preload.iter().map(|m| (*m).to_owned()).collect(),
         ..SandboxConfig::new(python())
@@ -48,6 +77,28 @@ pub fn children(process: u32) -> Vec<u32> {
         .map(|thread| fs::read_to_string(thread.path().join("children")).unwrap_or_default())
         .flat_map(|line| line.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<_>>())
         .collect()
+}
+
+/// A process's children, theirs, and so on.
+pub fn descendants(process: u32) -> Vec<u32> {
+    let mut found = children(process);
+    let mut next = 0;
+    while let Some(process) = found.get(next).copied() {
+        next += 1;
+        found.extend(children(process));
+    }
+    found
+}
+
+/// The zygote that a child of this process is, or has started as its warden.
+pub fn zygote_of(child: u32) -> u32 {
+    if in_namespaces() { child } else { *children(child).first().expect("a warden has a zygote") }
+}
+
+/// The directory on the node that a snippet runs in, and everything of its zygote with it, where it has no namespaces.
+pub fn directory_of(process: u32) -> Option<PathBuf> {
+    let own = fs::read_link(format!("/proc/{process}/cwd")).expect("it runs");
+    if in_namespaces() { None } else { own.parent().map(Path::to_owned) }
 }
 
 /// This test program, to run one ignored test in a process of its own.
@@ -101,6 +152,26 @@ pub fn again_as_nobody(test: &str) -> Result<Command, String> {
         .env("PROGRAM", program)
         .env("TEST", test);
     command.env("AGENTFLY_SANDBOX_PYTHON", python().canonicalize_parent());
+    Ok(command)
+}
+
+/// As [`again_as_nobody`], in a user namespace in which nobody may make another one. `Err` says why that is not possible.
+pub fn again_where_namespaces_are_off(test: &str) -> Result<Command, String> {
+    let within = again_as_nobody(test)?;
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-users=0,0,65536", "--map-groups=0,0,65536", "sh", "-c"]);
+    command.args(["echo 0 > /proc/sys/user/max_user_namespaces && exec \"$@\"", "sh"]);
+    command.arg(within.get_program()).args(within.get_args());
+    for (name, value) in within.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    let probe = Command::new("unshare").args(["--user", "--map-users=0,0,65536", "true"]).output();
+    if !probe.is_ok_and(|output| output.status.success()) {
+        return Err("this unshare cannot map all users (util-linux 2.38)".into());
+    }
     Ok(command)
 }
 
