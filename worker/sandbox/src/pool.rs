@@ -338,8 +338,7 @@ fn recipe(
     let clone = libc::SYS_clone.to_string();
     let programs = seccomp::programs(tier.around())?;
     let command = [seen.program.as_str(), "-P", "-s", "-S", "-B", "-X", "utf8"];
-    let count = programs.len().to_string();
-    let mut arguments = vec![clone.as_str(), count.as_str(), seen.packages.as_deref().unwrap_or_default()];
+    let mut arguments = vec![clone.as_str(), seen.packages.as_deref().unwrap_or_default()];
     arguments.extend(config.preload.iter().map(String::as_str));
     let c_string =
         |text: String| CString::new(text).map_err(|e| SandboxError::Config(format!("a NUL byte: {e}")));

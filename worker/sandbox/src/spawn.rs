@@ -38,7 +38,7 @@ pub(crate) struct Recipe {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) steps: Vec<Step>,
-    /// The seccomp programs in the order of installation.
+    /// The seccomp programs: a snippet's, and that of the heads of sessions.
     pub(crate) programs: Vec<Vec<u8>>,
     /// The interpreter and its options.
     pub(crate) interpreter: Vec<CString>,

@@ -196,7 +196,7 @@ fn judge(case: &Case, outcome: &Outcome, seconds: f64) -> Result<(), String> {
 fn nothing_is_left(sandbox: Sandbox) {
     let me = std::process::id();
     for zygote in common::children(me).into_iter().map(|child| common::zygote_of(child)) {
-        assert_eq!(common::children(zygote), [0_u32; 0], "an orphan or a zombie is left");
+        assert_eq!(common::at_work(zygote), [0_u32; 0], "an orphan or a zombie is left");
     }
     drop(sandbox);
     assert_eq!(common::children(me), [0_u32; 0], "a zygote outlived its pool");

@@ -172,6 +172,36 @@ fn equal_seeds_give_equal_numbers_in_any_order_and_others_differ() {
 }
 
 #[test]
+fn numpy_random_is_there_however_it_is_asked_for_and_seeded() {
+    let drawn = run("import numpy as np\nprint(np.random.rand())").stdout;
+    for code in [
+        "import numpy.random\nprint(numpy.random.rand())",
+        "from numpy.random import rand\nprint(rand())",
+        "from numpy import random as r\nprint(r.rand())",
+        "import importlib\nprint(importlib.import_module('numpy.random').rand())",
+        "import numpy.random.mtrand as m\nprint(m.rand())",
+        "import numpy as np, pickle\nprint(pickle.loads(pickle.dumps(np.random.RandomState())) and np.random.rand())",
+    ] {
+        let outcome = run(code);
+        assert_eq!(outcome.stdout, drawn, "{code}: {}", outcome.stderr);
+    }
+    let whole = "import numpy as np, sys\nr = np.random\n\
+         print(r is sys.modules['numpy.random'], r.__spec__.loader is r.__loader__, r.__file__[-18:], r.default_rng(0).integers(9))";
+    assert_eq!(run(whole).stdout, "True True random/__init__.py 7\n");
+}
+
+#[test]
+fn each_snippet_has_the_limits_that_it_was_given_and_no_earlier_one_s() {
+    let files = |limits: Limits| {
+        let code = "import resource\nprint(resource.getrlimit(resource.RLIMIT_NOFILE)[0])";
+        limited(code, limits).stdout
+    };
+    for open_files in [64, 64, 64, 32, 64, 48, 48, 48, 64] {
+        assert_eq!(files(Limits { open_files, ..Limits::default() }), format!("{open_files}\n"));
+    }
+}
+
+#[test]
 fn the_secrets_of_the_owner_cannot_be_read() {
     let mut file = std::env::temp_dir();
     file.push(format!("agentfly-canary-{}", std::process::id()));

@@ -58,6 +58,32 @@ fn a_killed_zygote_is_replaced_by_the_next_call() {
 }
 
 #[test]
+fn a_waiting_process_that_is_killed_is_replaced_and_none_waits_for_nothing() {
+    if !common::in_namespaces() {
+        return; // there the limit of tasks, and so what to wait for, changes from call to call
+    }
+    let _alone = alone();
+    let sandbox = common::start(&[]);
+    let zygote = only_zygote();
+    for round in 0..3 {
+        for _ in 0..2 {
+            assert_eq!(common::run(&sandbox, "print(1)").stdout, "1\n", "round {round}");
+        }
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let waiting = loop {
+            if let Some(process) = common::ready(zygote) {
+                break process;
+            }
+            assert!(Instant::now() < deadline, "no process waits after two equal calls");
+        };
+        let handle = open(waiting);
+        rustix::process::kill_process(pid(waiting), Signal::KILL).expect("killed");
+        wait_for_end(waiting, &handle);
+    }
+    assert_eq!(common::run(&sandbox, "print(2)").stdout, "2\n");
+}
+
+#[test]
 fn a_snippet_whose_zygote_dies_is_a_fault_and_not_an_outcome() {
     let _alone = alone();
     let sandbox = common::start(&[]);
@@ -65,7 +91,7 @@ fn a_snippet_whose_zygote_dies_is_a_fault_and_not_an_outcome() {
     std::thread::scope(|scope| {
         let call = scope.spawn(|| sandbox.run(&Snippet { code: "while True: pass", seed: 0, limits: None }));
         let deadline = Instant::now() + Duration::from_secs(20);
-        while common::children(zygote).is_empty() && Instant::now() < deadline {
+        while common::at_work(zygote).is_empty() && Instant::now() < deadline {
             std::thread::yield_now();
         }
         rustix::process::kill_process(pid(zygote), Signal::KILL).expect("killed");
@@ -161,9 +187,9 @@ fn a_session_ends_with_its_owner_s_word_and_with_the_pool() {
         let code = "import subprocess\nsubprocess.Popen(['/bin/sleep', '60'])\nx = 1";
         sandbox.turn(name, &Snippet { code, seed: 0, limits: None }).expect("the sandbox works");
     }
-    assert_eq!(common::children(zygote).len(), 3);
+    assert_eq!(common::at_work(zygote).len(), 3);
     sandbox.end_session("a");
-    assert_eq!(common::children(zygote).len(), 2, "a session outlived its end");
+    assert_eq!(common::at_work(zygote).len(), 2, "a session outlived its end");
     drop(sandbox);
     assert_eq!(common::children(std::process::id()), [0_u32; 0]);
 }

@@ -1,4 +1,4 @@
-"""What binds a process for good: namespaces, mounts, limits, Landlock, the seccomp programs.
+"""What binds a process for good: namespaces, mounts, limits, Landlock, a seccomp program.
 
 Called by the zygote's children before any code of a snippet exists in them. Nothing here can be undone by the process
 that it was done to, and any failure raises, which ends the child without running anything.
@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 
-FIRST_PROGRAM = 4
+SECCOMP = (4, 5)  # a snippet's program, and that of a session's heads
 # Flags of a request.
 SESSION, ECHO = 1, 2
 MIB = 1 << 20
@@ -27,7 +27,7 @@ NEW_NAMESPACES = (
 CLONE_PIDFD, CLONE_PARENT = 0x1000, 0x8000
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
-SECCOMP_MODE_FILTER = 2
+SECCOMP_MODE_FILTER, PR_SET_NAME = 2, 15
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 
 
@@ -66,10 +66,10 @@ class LandlockPath(ctypes.Structure):
     _fields_ = [("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32)]
 
 
-def read_programs(count):
+def read_programs():
     """The seccomp programs, kept in memory: their descriptors are closed here."""
     programs = []
-    for descriptor in range(FIRST_PROGRAM, FIRST_PROGRAM + count):
+    for descriptor in SECCOMP:
         with open(descriptor, "rb") as file:
             code = file.read()
         buffer = ctypes.create_string_buffer(code, len(code))
@@ -127,6 +127,11 @@ def write_once(path, content):
         os.close(descriptor)
 
 
+def call_process(name):
+    """Gives this process the name that ps(1) shows, of 15 bytes at most."""
+    check(libc.prctl(PR_SET_NAME, name.encode(), 0, 0, 0), "name")
+
+
 def become_subreaper():
     """Orphans below this process become its children."""
     check(libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
@@ -169,10 +174,10 @@ def isolate(place, request, address_bytes, landlock):
     check(libc.capset(header, nothing), "capset")
 
 
-def forbid(programs):
+def forbid(program):
     """Leaves the calling process the system calls of the table (seccomp/table.rs) alone."""
-    for _, program in programs:
-        check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0), "seccomp")
+    _, filter_program = program
+    check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(filter_program), 0, 0), "seccomp")
 
 
 HUGE_PAGE = 2 * MIB

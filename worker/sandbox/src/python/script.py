@@ -2,6 +2,7 @@
 
 import ast
 import atexit
+import importlib.machinery
 import linecache
 import os
 import sys
@@ -9,12 +10,56 @@ import threading
 import traceback
 import types
 
-def seed_everything(seed):
+class NumpyRandom:
+    """`numpy.random`, loaded but out of sight: whoever imports it finds it seeded.
+
+    To seed it takes longer than a short program, which has no use for it. numpy itself imports it when it is first asked for
+    (from its version 2; with an older one it is not hidden).
+    """
+
+    NAME = "numpy.random"
+
+    def __init__(self):
+        self.modules, self.seed = {}, 0
+        if self.NAME in sys.modules and int(sys.modules["numpy"].__version__.partition(".")[0]) >= 2:
+            hidden = [name for name in sys.modules if f"{name}.".startswith(f"{self.NAME}.")]
+            self.modules = {name: sys.modules.pop(name) for name in hidden}
+            del sys.modules["numpy"].random
+            sys.meta_path.insert(0, self)
+
+    def find_spec(self, name, path, target=None):
+        """Part of the import system: asked for modules that are not in sys.modules."""
+        if name != self.NAME:
+            return None
+        sys.meta_path.remove(self)
+        return importlib.machinery.ModuleSpec(name, self)
+
+    def create_module(self, spec):
+        """Brings back all of it. Part of the import system."""
+        sys.modules.update(self.modules)
+        module = self.modules[self.NAME]
+        self.spec = module.__spec__
+        seed_numpy(module, self.seed)
+        return module
+
+    def exec_module(self, module):
+        """It has been executed before. Part of the import system."""
+        module.__spec__, module.__loader__ = self.spec, self.spec.loader
+
+
+def seed_numpy(module, seed):
+    """Seeds the global generator."""
+    module.seed([seed & 0xFFFFFFFF, seed >> 32])
+
+
+def seed_everything(seed, numpy_random):
     """A fork copies the state of every generator: without this all snippets would see the same stream."""
     if "random" in sys.modules:
         sys.modules["random"].seed(seed)
-    if "numpy.random" in sys.modules:
-        sys.modules["numpy.random"].seed([seed & 0xFFFFFFFF, seed >> 32])
+    if numpy_random.modules:
+        numpy_random.seed = seed
+    elif NumpyRandom.NAME in sys.modules:
+        seed_numpy(sys.modules[NumpyRandom.NAME], seed)
     if "sympy.core.random" in sys.modules:
         sys.modules["sympy.core.random"].seed(seed)
 

@@ -43,12 +43,12 @@ class Lost(Exception):
     """The state is gone, and the session with it."""
 
 
-def serve(supervisor, clone, bind, seed):
-    """Process 1: serves turns until the supervisor closes the socket. Never returns. `bind` gives up a head's rights."""
+def serve(supervisor, clone, begin_head):
+    """Process 1: serves turns until the supervisor closes the socket; in a head `begin_head` is called. Never returns."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         isolation.check(isolation.libc.prctl(isolation.PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
-        keeper = Keeper(supervisor, clone, bind, seed)
+        keeper = Keeper(supervisor, clone, begin_head)
         supervisor.send(REPORT.pack(BEGUN, 0, 0, 0, 0))
         number = 0
         while True:
@@ -69,7 +69,7 @@ def serve(supervisor, clone, bind, seed):
 class Keeper:
     """The head, and what ends everything else."""
 
-    def __init__(self, supervisor, clone, bind, seed):
+    def __init__(self, supervisor, clone, begin_head):
         self.supervisor = supervisor
         self.ended = {}  # process → (wait status, peak of resident memory)
         isolation.become_subreaper()
@@ -79,7 +79,7 @@ class Keeper:
             os.setpgid(0, 0)
             supervisor.close()
             self.channel.close()
-            be_head(theirs, clone, bind, seed)
+            be_head(theirs, clone, begin_head)
         os.setpgid(self.head, self.head)
         self.group = self.head
         theirs.close()
@@ -208,12 +208,11 @@ def peak(process):
         return 0
 
 
-def be_head(channel, clone, bind, seed):
+def be_head(channel, clone, begin_head):
     """The first head, and in its copies all others: waits for turns and runs them. Never returns."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     isolation.check(isolation.libc.prctl(isolation.PR_SET_DUMPABLE, 1, 0, 0, 0), "dumpable")
-    bind()
-    script.seed_everything(seed)
+    begin_head()
     namespace, on_child = script.new_namespace(), signal.SIG_DFL
     while True:
         number, flags, code, channel = next_turn(channel, clone)

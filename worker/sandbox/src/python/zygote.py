@@ -2,7 +2,7 @@
 
 Started by the supervisor (spawn.rs) without privileges and with an empty environment, single-threaded: inside the jail, as
 process 1 of its pid namespace, or where there are no namespaces by warden.py. Descriptors: 3 is the control socket
-(messages: protocol.rs), those from 4 are the seccomp programs. It never reads a snippet's code or output, so it cannot carry one
+(messages: protocol.rs), 4 and 5 are the seccomp programs. It never reads a snippet's code or output, so it cannot carry one
 snippet's data to the next: the code arrives as a descriptor that only the child reads, the output leaves through pipes that
 only the child holds.
 
@@ -10,6 +10,7 @@ What must stay true: everything between the clone and `run` happens before any c
 process, and any failure there ends the child without running it.
 """
 
+import collections
 import gc
 import os
 import select
@@ -52,18 +53,40 @@ verify(parse(r"$\frac{1}{2}$"), parse("0.5")); verify(parse(r"\boxed{x^2+1}"), p
 """,
 }
 
+Ready = collections.namedtuple("Ready", "process handle channel limits")
+
+
+def limits_of(request):
+    """A request without what is its snippet's own: its call and seed, and whether its last value is shown."""
+    _, tasks, _, *bounds, flags = request
+    return (0, tasks, 0, *bounds, flags & ~isolation.ECHO)
+
+
+def wait_for_request(channel):
+    """What the zygote hands over. It holds the only other end: where that closes, the zygote has ended, and this with it."""
+    message, descriptors, _, _ = socket.recv_fds(channel, 512, 8)
+    if not message:
+        os._exit(1)
+    return REQUEST.unpack(message), descriptors
+
+
 class Zygote:
     """What its children start with."""
 
-    def __init__(self, clone, programs, where, packages, modules):
+    def __init__(self, clone, where, packages, modules):
         self.clone, self.place = clone, where
-        self.filters = isolation.read_programs(programs)
+        self.of_snippet, self.of_heads = isolation.read_programs()
         self.rights = isolation.Landlock()
         prepare(packages, modules)
+        self.numpy_random = script.NumpyRandom()
         for own in ("isolation", "leftovers", "place", "script", "session", "warden", "zygote"):
             sys.modules.pop(own, None)
+        isolation.call_process("sandbox-zygote")
         self.control = socket.socket(fileno=CONTROL)
+        self.events = select.epoll()
         self.children = {}  # descriptor → (process, call)
+        # A child that waits for its request, the limits of the last snippet, and whether those of the one before were equal.
+        self.ready, self.last, self.repeated = None, None, False
         gc.collect()
         gc.freeze()
         isolation.use_huge_pages()
@@ -74,76 +97,125 @@ class Zygote:
         self.control.send(REPLY.pack(READY, 0, self.rights.version, image_bytes, 0))
 
     def serve(self, warden):
-        """Forks for every request and reports every end, until the supervisor closes the socket or the warden ends."""
-        events = select.epoll()
-        events.register(CONTROL, select.EPOLLIN)
+        """Serves requests and reports every end, until the supervisor closes the socket or the warden ends."""
+        self.events.register(CONTROL, select.EPOLLIN)
         if warden is not None:
-            events.register(warden, select.EPOLLIN)
+            self.events.register(warden, select.EPOLLIN)
         while True:
-            for descriptor, _ in events.poll():
-                if descriptor in self.children:
-                    events.unregister(descriptor)
-                    self.report_end(descriptor)
+            wanted = self.ready is None and self.repeated
+            found = self.events.poll(0 if wanted else None)
+            if wanted and not found:
+                self.make_ready()
+            for descriptor, _ in found:
+                if descriptor == CONTROL:
+                    self.take_request()
                 elif descriptor == warden:
                     leftovers.end_strays()
                     leftovers.remove(self.place.home)
                     os._exit(1)
-                elif handle := self.take_request():
-                    events.register(handle, select.EPOLLIN)
+                else:
+                    self.report_end(descriptor)
 
     def report_end(self, handle):
         """A child has ended."""
-        process, call = self.children.pop(handle)
+        unused = self.ready is not None and handle == self.ready.handle
+        if unused:
+            process, self.ready, self.repeated = self.ready.process, None, False
+        else:
+            process, call = self.children.pop(handle)
+        self.events.unregister(handle)
         os.close(handle)
-        status, used = self.place.reap(process, {process for process, _ in self.children.values()})
-        cpu_microseconds = int((used.ru_utime + used.ru_stime) * 1e6)
-        self.control.send(REPLY.pack(EXITED, call, status, used.ru_maxrss * 1024, cpu_microseconds))
+        known = {process for process, _ in self.children.values()}
+        if self.ready is not None:
+            known.add(self.ready.process)
+        status, used = self.place.reap(process, known)
+        if not unused:
+            cpu_microseconds = int((used.ru_utime + used.ru_stime) * 1e6)
+            self.control.send(REPLY.pack(EXITED, call, status, used.ru_maxrss * 1024, cpu_microseconds))
 
     def take_request(self):
-        """Forks for a request. Returns the descriptor of the child; None if there is none."""
+        """Hands a request to the child that is ready for such, or forks one for it."""
         message, descriptors, _, _ = socket.recv_fds(self.control, 512, 8)
         if not message:
             os._exit(0)
         request = REQUEST.unpack(message)
         try:
-            process, handle = isolation.fork(self.clone, self.place.flags | isolation.CLONE_PIDFD)
+            process, handle = self.hand_over(request, message, descriptors) or self.fork(request, descriptors)
         except OSError as error:
-            process, handle = None, None
             self.tell_fault(request, error)
-        if process == 0:
-            self.be_child(request, descriptors)
+        else:
+            socket.send_fds(self.control, [REPLY.pack(SPAWNED, request[0], process, 0, 0)], [handle])
+            self.children[handle] = (process, request[0])
         for each in descriptors:
             os.close(each)
-        if process is None:
+
+    def hand_over(self, request, message, descriptors):
+        """Gives a request to the child that is ready. None if there is none for such."""
+        if request[-1] & isolation.SESSION:
             return None
+        limits = limits_of(request)
+        self.repeated, self.last = limits == self.last, limits
+        if self.ready is None or self.ready.limits != limits:
+            return None
+        ready, self.ready = self.ready, None
+        try:
+            socket.send_fds(ready.channel, [message], descriptors)
+        except OSError:  # it has just ended: its end is reported to nobody
+            self.ready = ready
+            return None
+        ready.channel.close()
+        return ready.process, ready.handle
+
+    def make_ready(self):
+        """Forks a child for a request like the last two, so that the next one need not wait for its isolation."""
+        channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            process, handle = self.fork(self.last, (), theirs)
+        except OSError:
+            self.repeated = False  # the next request is told
+        else:
+            self.ready = Ready(process, handle, channel, self.last)
+        theirs.close()
+
+    def fork(self, request, descriptors, channel=None):
+        """A child for a request, or for one that will come through a channel. Returns (process, its descriptor)."""
+        process, handle = isolation.fork(self.clone, self.place.flags | isolation.CLONE_PIDFD)
+        if process == 0:
+            self.be_child(request, descriptors, channel)
         self.place.adopt(process)
-        socket.send_fds(self.control, [REPLY.pack(SPAWNED, request[0], process, 0, 0)], [handle])
-        self.children[handle] = (process, request[0])
-        return handle
+        self.events.register(handle, select.EPOLLIN)
+        return process, handle
 
     def tell_fault(self, request, error):
         """Says why a snippet is not run."""
         self.control.send(REPLY.pack(FAULT, request[0], 0, 0, 0) + repr(error).encode()[:400])
 
-    def be_child(self, request, descriptors):
+    def be_child(self, request, descriptors, channel):
         """Everything the forked process does; it never returns."""
         try:
             isolation.isolate(self.place, request, self.address_bytes, self.rights)
-            begin = self.begin_session if request[-1] & isolation.SESSION else self.begin_snippet
-            work = begin(request, descriptors)
+            if request[-1] & isolation.SESSION:
+                isolation.call_process("sandbox-session")
+                work = self.begin_session(request, descriptors)
+            else:
+                isolation.forbid(self.of_snippet)
+                if channel is not None:
+                    isolation.call_process("sandbox-ready")
+                    request, descriptors = wait_for_request(channel)
+                isolation.call_process("sandbox-snippet")
+                work = self.begin_snippet(request, descriptors)
         except BaseException as error:
             self.tell_fault(request, error)
             os._exit(1)
         work()
 
     def begin_snippet(self, request, descriptors):
-        """Gives up the last rights, and returns what runs the snippet."""
+        """Returns what runs the snippet."""
         code, stdout, stderr = descriptors
-        isolation.forbid(self.filters)
         with open(code, "rb", closefd=False) as file:
             source = file.read()
         script.connect(stdout, stderr)
-        script.seed_everything(request[2])
+        script.seed_everything(request[2], self.numpy_random)
 
         def work():
             os.closerange(3, 1 << 20)
@@ -160,14 +232,15 @@ class Zygote:
         script.connect(nothing, nothing)
         keep = supervisor.fileno()
 
-        def bind():
+        def begin_head():
             self.rights.restrict(self.place.rules())
-            isolation.forbid(self.filters[-2:])  # without the one against siblings, where there is one
+            isolation.forbid(self.of_heads)
+            script.seed_everything(request[2], self.numpy_random)
 
         def work():
             os.closerange(3, keep)
             os.closerange(keep + 1, 1 << 20)
-            session.serve(supervisor, self.clone, bind, request[2])
+            session.serve(supervisor, self.clone, begin_head)
 
         return work
 
@@ -200,9 +273,9 @@ def prepare(packages, modules):
 
 def main(arguments, warden=None):
     """Becomes the zygote; with a warden, a descriptor that ends when it does. Never returns."""
-    home, readable, clone, programs, packages, *modules = arguments
+    home, readable, clone, packages, *modules = arguments
     where = place.Directory(home, readable.split(os.pathsep)) if home else place.Namespaces()
-    Zygote(int(clone), int(programs), where, packages, modules).serve(warden)
+    Zygote(int(clone), where, packages, modules).serve(warden)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,22 @@
 //! The system calls a snippet may make, as BPF programs for an architecture.
 //!
-//! The zygote's child installs both programs just before it runs the snippet. The list ([`table`]) is an allowlist: a
+//! The zygote's child installs its program just before it runs the snippet. The list ([`table`]) is an allowlist: a
 //! call not named there answers EPERM, so a call that a future kernel adds is refused until somebody names it. `clone3`
 //! answers ENOSYS, which makes the C library fall back to `clone`, whose flags a filter can see (those of `clone3` lie
 //! behind a pointer).
 
+mod dispatch;
 mod table;
 
 use seccompiler::{BpfProgram, TargetArch};
 use serde_json::{Value, json};
 
 use crate::error::SandboxError;
+use dispatch::List;
+
+/// Of linux/audit.h.
+const AUDIT_ARCH_X86_64: u32 = 0xC000_003E;
+const AUDIT_ARCH_AARCH64: u32 = 0xC000_00B7;
 
 /// What of the node is around a snippet, and with it what its calls could reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,9 +28,8 @@ pub(crate) enum Around {
     Node { signals: bool },
 }
 
-/// The programs for this architecture, in the order of installation, each as the kernel's `struct sock_filter` array in
-/// bytes. The last two are for everybody; one before them is not for the heads of a session (`python/session.py`), which clone
-/// siblings.
+/// The two programs for this architecture, each as the kernel's `struct sock_filter` array in bytes: that of a snippet, and
+/// that of the heads of a session (`python/session.py`), which clone siblings.
 ///
 /// # Errors
 /// [`SandboxError::Unsupported`] on an architecture without a table, [`SandboxError::Config`] if the table contradicts
@@ -37,34 +42,51 @@ pub(crate) fn programs(around: Around) -> Result<Vec<Vec<u8>>, SandboxError> {
             std::env::consts::ARCH
         ))
     })?;
-    Ok(compiled(arch, around)?.iter().map(bytes_of).collect())
+    let of_both = [Who::Snippet, Who::Head].map(|who| {
+        let list = list(arch, around, who)?;
+        let program = dispatch::joined(&list)
+            .ok_or_else(|| fault(arch, "a program has an instruction that is not known".into()))?;
+        Ok(bytes_of(&program))
+    });
+    of_both.into_iter().collect()
 }
 
-fn compiled(arch: TargetArch, around: Around) -> Result<Vec<BpfProgram>, SandboxError> {
-    let refuse = |errno: i32, rules: &[Value]| json!({"mismatch_action": "allow", "match_action": {"errno": errno}, "filter": rules});
-    let allowed = json!({
-        "mismatch_action": {"errno": libc::EPERM},
-        "match_action": "allow",
-        "filter": table::rules(arch == TargetArch::x86_64, around),
+/// Whose program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Who {
+    Snippet,
+    Head,
+}
+
+fn list(arch: TargetArch, around: Around, who: Who) -> Result<List, SandboxError> {
+    // A sibling would be no descendant of the process whose descendants are watched. In a pid namespace that process is
+    // the first, which cannot have siblings.
+    let siblings = around == Around::Namespaces || who == Who::Head;
+    let named = table::named(arch == TargetArch::x86_64, around);
+    let by_argument = table::by_argument(around, siblings);
+    let allow = |rules: &[Value]| json!({"mismatch_action": {"errno": libc::EPERM}, "match_action": "allow", "filter": rules});
+    let no_clone3 = json!({
+        "mismatch_action": "allow",
+        "match_action": {"errno": libc::ENOSYS},
+        "filter": [{"syscall": "clone3"}],
     });
-    // The last one refuses to install another.
-    let mut programs = vec![
-        compile(&refuse(libc::ENOSYS, &[json!({"syscall": "clone3"})]), arch)?,
-        compile(&allowed, arch)?,
-    ];
-    if around != Around::Namespaces {
-        // A sibling would be no descendant of the process whose descendants are watched. In a pid namespace that process
-        // is the first, which cannot have siblings.
-        programs.insert(0, compile(&refuse(libc::EPERM, &[table::clone_of_a_sibling()]), arch)?);
-    }
-    Ok(programs)
+    Ok(List {
+        refused: compile(&no_clone3, arch)?,
+        allowed: compile(&allow(&[named, by_argument.clone()].concat()), arch)?,
+        by_argument: compile(&allow(&by_argument), arch)?,
+        architecture: if arch == TargetArch::x86_64 { AUDIT_ARCH_X86_64 } else { AUDIT_ARCH_AARCH64 },
+    })
+}
+
+fn fault(arch: TargetArch, what: String) -> SandboxError {
+    SandboxError::Config(format!("system call table of {arch:?}: {what}"))
 }
 
 fn compile(filter: &Value, arch: TargetArch) -> Result<BpfProgram, SandboxError> {
-    let fault = |what: String| SandboxError::Config(format!("system call table of {arch:?}: {what}"));
     let text = json!({"snippet": filter}).to_string();
-    let mut all = seccompiler::compile_from_json(text.as_bytes(), arch).map_err(|e| fault(e.to_string()))?;
-    all.remove("snippet").ok_or_else(|| fault("no program was made".into()))
+    let mut all =
+        seccompiler::compile_from_json(text.as_bytes(), arch).map_err(|e| fault(arch, e.to_string()))?;
+    all.remove("snippet").ok_or_else(|| fault(arch, "no program was made".into()))
 }
 
 fn bytes_of(program: &BpfProgram) -> Vec<u8> {

@@ -69,6 +69,8 @@ pub(super) const X86_64_IN_NAMESPACES: &[&str] = &["chmod", "utime", "utimes", "
 const IOCTLS: &[u64] = &[0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451];
 /// GET_PDEATHSIG, GET_DUMPABLE, NAME (set, get), CAPBSET_READ, SET_VMA (names of malloc's areas).
 const PRCTLS: &[u64] = &[2, 3, 15, 16, 23, 0x5356_4d41];
+/// The signal that a process gets when its parent ends.
+const SET_PDEATHSIG: u64 = 1;
 /// Duplicates, flags, locks, the size of a pipe. Not: leases, notices, and whom the kernel shall signal.
 const FCNTLS: &[u64] = &[0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1031, 1032];
 const UNIX: u64 = libc::AF_UNIX as u64;
@@ -80,42 +82,37 @@ const CLONE_NAMESPACES: u64 =
     0x80 | 0x2_0000 | 0x200_0000 | 0x400_0000 | 0x800_0000 | 0x1000_0000 | 0x2000_0000 | 0x4000_0000;
 const CLONE_PARENT: u64 = 0x8000;
 
-/// Everything that is allowed.
-pub(super) fn rules(x86_64: bool, around: Around) -> Vec<Value> {
+/// What is allowed whatever the arguments are.
+pub(super) fn named(x86_64: bool, around: Around) -> Vec<Value> {
     let in_namespaces = around == Around::Namespaces;
     let of = |condition: bool, names: &'static [&'static str]| if condition { names } else { &[] };
-    let named = EVERYWHERE
+    let names = EVERYWHERE
         .iter()
         .chain(of(in_namespaces, IN_NAMESPACES))
         .chain(of(around != Around::Node { signals: false }, SIGNALS))
         .chain(of(x86_64, X86_64_EVERYWHERE))
-        .chain(of(x86_64 && in_namespaces, X86_64_IN_NAMESPACES))
-        // Another program answers clone3; here it only must not turn into EPERM, which would win over ENOSYS.
-        .chain(&["clone3"]);
-    let mut rules: Vec<Value> = named.map(|call| json!({"syscall": call})).collect();
-    rules.extend([when("clone", &[argument(0, json!({"masked_eq": CLONE_NAMESPACES}), 0)])]);
+        .chain(of(x86_64 && in_namespaces, X86_64_IN_NAMESPACES));
+    names.map(|call| json!({"syscall": call})).collect()
+}
+
+/// What is allowed with some arguments. `siblings`: a process may be cloned whose parent is the caller's.
+pub(super) fn by_argument(around: Around, siblings: bool) -> Vec<Value> {
+    let refused_flags = CLONE_NAMESPACES | if siblings { 0 } else { CLONE_PARENT };
+    let mut rules = vec![when("clone", &[argument(0, json!({"masked_eq": refused_flags}), 0)])];
     rules.extend(IOCTLS.iter().map(|request| when("ioctl", &[argument(1, json!("eq"), *request)])));
     rules.extend(PRCTLS.iter().map(|option| when("prctl", &[argument(0, json!("eq"), *option)])));
     let unix = || argument(0, json!("eq"), UNIX);
-    if in_namespaces {
-        rules.extend([when("prctl", &[argument(0, json!("eq"), 1)])]); // PDEATHSIG
-        rules.extend([when("socket", &[unix()]), when("socketpair", &[unix()])]);
+    if around == Around::Namespaces {
+        rules.push(when("prctl", &[argument(0, json!("eq"), SET_PDEATHSIG)]));
+        rules.extend(["socket", "socketpair"].map(|call| when(call, &[unix()])));
         return rules;
     }
     rules.extend(FCNTLS.iter().map(|command| when("fcntl", &[argument(1, json!("eq"), *command)])));
     let of_type = |kind: &u64| argument(1, json!({"masked_eq": SOCKET_TYPE_MASK}), *kind);
     rules.extend(CONNECTED.iter().map(|kind| when("socketpair", &[unix(), of_type(kind)])));
-    rules.extend([
-        when("sendto", &[pointer(4, 0)]),
-        when("prlimit64", &[argument(0, json!("eq"), 0)]),
-        when("sched_setaffinity", &[argument(0, json!("eq"), 0)]),
-    ]);
+    rules.push(when("sendto", &[pointer(4, 0)]));
+    rules.extend(["prlimit64", "sched_setaffinity"].map(|call| when(call, &[argument(0, json!("eq"), 0)])));
     rules
-}
-
-/// A clone whose parent is the caller's.
-pub(super) fn clone_of_a_sibling() -> Value {
-    when("clone", &[argument(0, json!({"masked_eq": CLONE_PARENT}), CLONE_PARENT)])
 }
 
 fn when(call: &str, arguments: &[Value]) -> Value {

@@ -8,8 +8,7 @@ use seccompiler::sock_filter;
 use super::*;
 
 const ARCHITECTURES: [TargetArch; 2] = [TargetArch::x86_64, TargetArch::aarch64];
-/// `AUDIT_ARCH_X86_64` and `AUDIT_ARCH_AARCH64` of linux/audit.h.
-const AUDIT: [u32; 2] = [0xC000_003E, 0xC000_00B7];
+const AUDIT: [u32; 2] = [AUDIT_ARCH_X86_64, AUDIT_ARCH_AARCH64];
 const KILL_PROCESS: u32 = 0x8000_0000;
 const ALLOW: u32 = 0x7FFF_0000;
 const ERRNO: u32 = 0x0005_0000;
@@ -43,13 +42,20 @@ fn verdict(program: &[sock_filter], audit: u32, call: u32, arguments: [u64; 6]) 
 const EVERYWHERE: [Around; 3] =
     [Around::Namespaces, Around::Node { signals: true }, Around::Node { signals: false }];
 
-/// Of the programs the stricter answer counts: the one with the smaller number, apart from killing, which is the strictest.
+fn lists(place: usize) -> impl Iterator<Item = (Around, Who, List)> {
+    let all = EVERYWHERE.into_iter().flat_map(|around| [(around, Who::Snippet), (around, Who::Head)]);
+    all.map(move |(around, who)| (around, who, list(ARCHITECTURES[place], around, who).expect("compiles")))
+}
+
+fn answer_of(list: &List, place: usize, call: i64, arguments: [u64; 6]) -> u32 {
+    let program = dispatch::joined(list).expect("known instructions");
+    verdict(&program, AUDIT[place], u32::try_from(call).expect("a small number"), arguments)
+}
+
+/// What a snippet's program answers.
 fn answer_where(around: Around, place: usize, call: i64, arguments: [u64; 6]) -> u32 {
-    let programs = compiled(ARCHITECTURES[place], around).expect("compiles");
-    let call = u32::try_from(call).expect("a small number");
-    let all = programs.iter().map(|program| verdict(program, AUDIT[place], call, arguments));
-    let strict = |action: u32| (action & 0xFFFF_0000).cast_signed();
-    all.min_by_key(|action| strict(*action)).expect("two programs at least")
+    let list = list(ARCHITECTURES[place], around, Who::Snippet).expect("compiles");
+    answer_of(&list, place, call, arguments)
 }
 
 /// The answer where it is the same in namespaces and on the node.
@@ -203,7 +209,8 @@ fn a_terminal_cannot_be_written_to_by_its_ioctls() {
 #[test]
 fn another_architecture_s_calls_end_the_process() {
     for (place, other) in [(0, AUDIT[1]), (0, 0x4000_0003), (1, AUDIT[0]), (1, 0x4000_0028)] {
-        for program in EVERYWHERE.iter().flat_map(|a| compiled(ARCHITECTURES[place], *a).expect("compiles")) {
+        for (_, _, list) in lists(place) {
+            let program = dispatch::joined(&list).expect("known instructions");
             assert_eq!(verdict(&program, other, 0, [0; 6]), KILL_PROCESS, "{other:#x}");
         }
     }
@@ -224,14 +231,60 @@ fn no_call_is_named_twice() {
 
 #[test]
 fn every_program_fits_the_kernel_s_bound_of_4096_instructions() {
-    for arch in ARCHITECTURES {
-        for program in EVERYWHERE.into_iter().flat_map(|around| compiled(arch, around).expect("compiles")) {
-            assert!((2..=4096).contains(&program.len()));
+    for (_, _, list) in [0, 1].into_iter().flat_map(lists) {
+        let length = dispatch::joined(&list).expect("known instructions").len();
+        assert!((2..=4096).contains(&length));
+        assert!(length < list.allowed.len() * 2);
+    }
+}
+
+#[test]
+fn the_heads_of_a_session_may_clone_siblings_and_are_otherwise_as_snippets() {
+    for around in EVERYWHERE {
+        let list = list(TargetArch::x86_64, around, Who::Head).expect("compiles");
+        for call in 0..500 {
+            let sibling = call == 56;
+            let arguments = if sibling { [0x8011, 0, 0, 0, 0, 0] } else { [0; 6] };
+            let expected = if sibling { ALLOW } else { answer_where(around, 0, call, arguments) };
+            assert_eq!(answer_of(&list, 0, call, arguments), expected, "call {call}");
         }
     }
 }
 
+/// Arguments that some rule asks for, and others.
+fn argument() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        0..64_u64,
+        any::<u64>(),
+        (0..32_u32).prop_map(|bit| 1 << bit),
+        Just(0x5413),
+        Just(1030),
+        Just(0x8011)
+    ]
+}
+
 proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// What bisection answers is what seccompiler's own programs would.
+    #[test]
+    fn the_joined_program_is_the_list(
+        call in prop_oneof![0..600_u32, any::<u32>()],
+        place in 0..2_usize,
+        arguments in proptest::array::uniform6(argument()),
+    ) {
+        for (around, who, list) in lists(place) {
+            let joined = dispatch::joined(&list).expect("known instructions");
+            for call in [call, call % 512, [56, 220][place], [157, 167][place], [72, 25][place]] {
+                let refused = verdict(&list.refused, AUDIT[place], call, arguments);
+                let expected =
+                    if refused == ALLOW { verdict(&list.allowed, AUDIT[place], call, arguments) } else { refused };
+                let found = verdict(&joined, AUDIT[place], call, arguments);
+                prop_assert_eq!(found, expected, "call {} for {:?} in {:?}", call, who, around);
+            }
+        }
+    }
+
     /// x32's numbers, those of calls to come, and any arguments.
     #[test]
     fn a_number_that_nobody_named_is_refused(call in 470_i64.., place in 0..2_usize, arguments: [u64; 6]) {

@@ -79,9 +79,24 @@ pub fn children(process: u32) -> Vec<u32> {
         .collect()
 }
 
-/// A process's children, theirs, and so on.
-pub fn descendants(process: u32) -> Vec<u32> {
-    let mut found = children(process);
+fn name_of(process: u32) -> String {
+    fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default().trim().to_owned()
+}
+
+/// The children of a zygote that serve a call: not the one that waits for its request, or is being made for that.
+pub fn at_work(zygote: u32) -> Vec<u32> {
+    let waits = |child: &u32| ["sandbox-ready", "sandbox-zygote"].contains(&name_of(*child).as_str());
+    children(zygote).into_iter().filter(|child| !waits(child)).collect()
+}
+
+/// The child of a zygote that waits for its request.
+pub fn ready(zygote: u32) -> Option<u32> {
+    children(zygote).into_iter().find(|child| name_of(*child) == "sandbox-ready")
+}
+
+/// A call's processes: a zygote's children, theirs, and so on.
+pub fn descendants(zygote: u32) -> Vec<u32> {
+    let mut found = at_work(zygote);
     let mut next = 0;
     while let Some(process) = found.get(next).copied() {
         next += 1;
