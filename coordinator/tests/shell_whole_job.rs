@@ -58,6 +58,8 @@ async fn a_two_step_job_runs_to_its_end_and_leaves_everything_on_disk() {
     }
     let jobs = client.list().await.unwrap();
     assert_eq!((jobs[0].state.as_str(), jobs[0].step), ("finished", 2));
+    let metrics = world.get("/metrics").await;
+    assert!(metrics.contains("agentfly_cluster_sandbox_ranks{tier=\"root\"}"), "{metrics}");
     world.stop().await;
     worker.has_left().await;
 }

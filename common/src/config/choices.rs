@@ -237,6 +237,21 @@ choice! {
 }
 
 choice! {
+    /// `sandbox.tier`: how a node must isolate code to run any.
+    SandboxTier {
+        /// The strongest that the node offers.
+        Auto = "auto",
+        /// A jail made with root's rights.
+        Root = "root",
+        /// A jail in an ordinary user's namespaces.
+        UserNamespaces = "user_namespaces",
+        /// Without namespaces: Landlock, a list of system calls and limits.
+        Landlock = "landlock",
+    }
+    unsupported { "none": "code that nobody has read never runs unprotected" }
+}
+
+choice! {
     /// One of `trainer.logger`.
     Logger {
         /// A line a step on the terminal.

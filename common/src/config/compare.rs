@@ -11,7 +11,7 @@ use super::Config;
 
 /// Keys, or groups of keys, that may differ: how long and how often, what is validated and how, where things lie,
 /// and how fast it goes.
-const FREE: [&str; 41] = [
+const FREE: [&str; 42] = [
     "data.val_files",
     "data.val_max_samples",
     "actor_rollout_ref.rollout.val_kwargs",
@@ -55,6 +55,7 @@ const FREE: [&str; 41] = [
     "agent.model_name_or_path",
     "agent.backend",
     "sandbox.slots",
+    "sandbox.tier",
 ];
 
 /// A setting that differs.
@@ -134,6 +135,7 @@ mod tests {
             "trainer.experiment_name=other",
             "trainer.n_gpus_per_node=2",
             "sandbox.slots=3",
+            "sandbox.tier=landlock",
         ]);
         assert_eq!(differences(&old, &same).unwrap(), []);
         let other = config(&[lr, "data.train_batch_size=16", "trainer.seed=2", "data.train_files=x.json"]);
@@ -148,7 +150,7 @@ mod tests {
     }
 
     /// What is trained: a setting that arrives is put here or in `FREE`, on purpose.
-    const COUNTS: [&str; 50] = [
+    const COUNTS: [&str; 51] = [
         "actor_rollout_ref.actor.clip_ratio",
         "actor_rollout_ref.actor.clip_ratio_c",
         "actor_rollout_ref.actor.clip_ratio_high",
@@ -196,6 +198,7 @@ mod tests {
         "sandbox.idle_sessions",
         "sandbox.idle_sessions_mb",
         "sandbox.memory_mb",
+        "sandbox.partial_output",
         "sandbox.stateful",
         "sandbox.wall_seconds",
         "trainer.seed",

@@ -39,7 +39,7 @@ pub use aliases::ALIASES;
 pub use batch_plan::{BatchPlan, MicroBatch, batch_plan, micro_batch};
 pub use choices::{
     AdvEstimator, AgentBackend, AgentType, Dtype, KlLossType, Logger, LossAggMode, LrSchedule,
-    PolicyLossMode, ResumeMode,
+    PolicyLossMode, ResumeMode, SandboxTier,
 };
 pub use compare::{Difference, differences};
 pub use error::{ConfigError, ConfigErrors};

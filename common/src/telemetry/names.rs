@@ -10,6 +10,8 @@ use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 pub const NODES_ALIVE: &str = "agentfly_cluster_nodes_alive";
 /// Ranks whose session is open.
 pub const RANKS_ALIVE: &str = "agentfly_cluster_ranks_alive";
+/// Ranks that are ready and run code, by how they isolate it. Label `tier`: root, user_namespaces, landlock.
+pub const SANDBOX_RANKS: &str = "agentfly_cluster_sandbox_ranks";
 /// Node sessions that ended, whatever the reason.
 pub const NODES_LEFT: &str = "agentfly_cluster_nodes_left_total";
 /// Calls refused for a missing or wrong token.
@@ -49,6 +51,7 @@ pub const SINK_FAILURES: &str = "agentfly_sinks_failures_total";
 pub fn describe() {
     describe_gauge!(NODES_ALIVE, "Nodes whose session is open");
     describe_gauge!(RANKS_ALIVE, "Ranks whose session is open");
+    describe_gauge!(SANDBOX_RANKS, "Ready ranks by how they isolate code (root, user_namespaces, landlock)");
     describe_counter!(NODES_LEFT, "Node sessions that ended, whatever the reason");
     describe_counter!(CALLS_REFUSED, "gRPC calls refused for a missing or wrong token");
     describe_gauge!(JOBS, "Jobs not yet over, by state (queued, running)");

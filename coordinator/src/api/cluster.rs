@@ -1,6 +1,7 @@
 //! `Cluster`: the sessions of nodes and ranks. The first message says who it is; then reports go to the
 //! scheduler and commands come from it.
 
+use agentfly_common::telemetry::names;
 use agentfly_common::wire::{gathered_from, unix_micros};
 use agentfly_proto::v1::{self as pb, cluster_server::Cluster, node_message, rank_message};
 use tokio::sync::mpsc;
@@ -124,6 +125,7 @@ async fn read_node(
 
 /// Passes on what a rank says until its session ends.
 async fn read_rank(inbound: &mut Streaming<pb::RankMessage>, scheduler: &SchedulerHandle, rank: &RankId) {
+    let mut isolation = None;
     loop {
         match inbound.message().await {
             Ok(Some(pb::RankMessage { kind: Some(rank_message::Kind::Spans(spans)) })) => {
@@ -133,6 +135,9 @@ async fn read_rank(inbound: &mut Streaming<pb::RankMessage>, scheduler: &Schedul
                 }
             }
             Ok(Some(pb::RankMessage { kind: Some(kind) })) => {
+                if let rank_message::Kind::Ready(ready) = &kind {
+                    isolation.get_or_insert_with(|| Isolation::counted(&ready.sandbox_tier));
+                }
                 let Some(event) = rank_event(rank.clone(), kind) else {
                     return tracing::warn!(?rank, "a rank sent a message out of place");
                 };
@@ -146,6 +151,25 @@ async fn read_rank(inbound: &mut Streaming<pb::RankMessage>, scheduler: &Schedul
             Ok(None) => return,
             Err(status) => return tracing::debug!(?rank, "a rank's connection broke: {}", status.message()),
         }
+    }
+}
+
+/// A ready rank in the gauge of how ranks isolate code, for as long as its session lasts.
+struct Isolation(metrics::Gauge);
+
+impl Isolation {
+    fn counted(tier: &str) -> Self {
+        // A label's values are few and fixed, whatever a rank sends.
+        let known = ["root", "user_namespaces", "landlock"].into_iter().find(|known| *known == tier);
+        let gauge = metrics::gauge!(names::SANDBOX_RANKS, "tier" => known.unwrap_or("unknown"));
+        gauge.increment(1.0);
+        Self(gauge)
+    }
+}
+
+impl Drop for Isolation {
+    fn drop(&mut self) {
+        self.0.decrement(1.0);
     }
 }
 

@@ -50,6 +50,7 @@ impl FakeRank {
                     say(rank_message::Kind::Ready(pb::Ready {
                         policy_version: version,
                         weights_hash: hash(version),
+                        sandbox_tier: "root".into(),
                     }))
                     .await;
                 }

@@ -348,6 +348,7 @@ fn recipe(
         tier,
         uid,
         gid,
+        slots: u32::try_from(config.slots).unwrap_or(u32::MAX),
         steps: if in_jail { jail::plan(interpreter, uid, gid)? } else { Vec::new() },
         programs,
         interpreter: c_strings(&command)?,

@@ -103,7 +103,8 @@ impl Session {
             capture.drain();
             let (end, kept, alive) = match self.receive(Duration::ZERO)? {
                 Some(Reply::TurnEnded { wait_status, max_rss_bytes, kept, .. }) => {
-                    (End { wait_status, max_rss_bytes, cpu_microseconds: 0 }, kept, true)
+                    let end = End { wait_status, max_rss_bytes, cpu_microseconds: 0 };
+                    (end, kept, !watcher.files_over_limit)
                 }
                 _ => (self.end_of_all()?, false, false),
             };

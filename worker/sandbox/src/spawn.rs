@@ -37,6 +37,8 @@ pub(crate) struct Recipe {
     /// Who the zygote is: on the root tier a user of nobody's, otherwise the caller.
     pub(crate) uid: u32,
     pub(crate) gid: u32,
+    /// Snippets of the pool that may run at once, as the same user if there are no namespaces.
+    pub(crate) slots: u32,
     pub(crate) steps: Vec<Step>,
     /// The seccomp programs: a snippet's, and that of the heads of sessions.
     pub(crate) programs: Vec<Vec<u8>>,

@@ -18,7 +18,7 @@ use crate::limits::Limits;
 use crate::outcome::{Outcome, Status, text_of};
 use crate::protocol::{ECHO, Reply, Request};
 use crate::spawn::memory_file;
-use crate::usage::{self, Watcher};
+use crate::usage::Watcher;
 use crate::zygote::{Event, Zygote};
 
 /// A fork takes milliseconds; the zygote serves few slots.
@@ -90,8 +90,7 @@ pub(crate) fn sealed(code: &str) -> Result<fs::File, SandboxError> {
 pub(crate) fn request(zygote: &Zygote, limits: &Limits, seed: u64, flags: u32) -> Request {
     Request {
         call: 0,
-        // The kernel counts a user's tasks by user namespace: without one those of the user's that run now come on top.
-        tasks: limits.tasks.saturating_add(zygote.user_of_the_node().map_or(0, usage::tasks_of)),
+        tasks: zygote.kernel_task_limit(limits.tasks),
         seed,
         memory_bytes: limits.memory_bytes,
         cpu_seconds: kernel_cpu_seconds(limits),

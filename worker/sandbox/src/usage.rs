@@ -35,6 +35,8 @@ pub(crate) struct Watcher {
     used_before: Duration,
     /// Most memory seen, in bytes, without the pages of the warm image.
     pub(crate) peak_bytes: u64,
+    /// The files were too many or too much. What follows on them would be so, too.
+    pub(crate) files_over_limit: bool,
 }
 
 impl Watcher {
@@ -43,7 +45,16 @@ impl Watcher {
         let (memory_limit_bytes, cpu_limit) = (limits.memory_bytes, limits.cpu);
         let used_before = tree(root).into_iter().map(cpu_time).sum();
         let files = directory.map(|directory| Files { directory, limit_bytes: limits.tmp_bytes });
-        Self { root, memory_limit_bytes, cpu_limit, image_bytes, files, used_before, peak_bytes: 0 }
+        Self {
+            root,
+            memory_limit_bytes,
+            cpu_limit,
+            image_bytes,
+            files,
+            used_before,
+            peak_bytes: 0,
+            files_over_limit: false,
+        }
     }
 
     /// Takes one sample. Returns the limit that the tree is over, if it is.
@@ -62,7 +73,8 @@ impl Watcher {
                 return Some(Status::Memory);
             }
         }
-        if self.files.as_ref().is_some_and(|files| files.over_limit(&processes)) {
+        self.files_over_limit = self.files.as_ref().is_some_and(|files| files.over_limit(&processes));
+        if self.files_over_limit {
             return Some(Status::Memory);
         }
         let cpu: Duration = processes.iter().map(|process| cpu_time(*process)).sum();

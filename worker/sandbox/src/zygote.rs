@@ -19,7 +19,7 @@ use crate::error::{SandboxError, system};
 use crate::limits::Limits;
 use crate::protocol::{Reply, Request};
 use crate::spawn::{Recipe, Spawned, spawn};
-use crate::usage::Watcher;
+use crate::usage::{self, Watcher};
 
 /// Importing sympy from a cold network disk takes seconds; a zygote that needs longer than this will never come.
 const READY_DEADLINE: Timespec = Timespec { tv_sec: 120, tv_nsec: 0 };
@@ -50,8 +50,8 @@ pub(crate) struct Zygote {
     pub(crate) image_bytes: u64,
     /// Landlock's version; below 1 there is none.
     pub(crate) landlock: i64,
-    /// Who its snippets are, if they share a user namespace with others.
-    user_of_the_node: Option<u32>,
+    /// Who its snippets are, and how many snippets that may be, if they share a user namespace with others.
+    crowd: Option<(u32, u32)>,
 }
 
 struct Ready {
@@ -67,7 +67,7 @@ impl Zygote {
     /// As [`spawn`], and [`SandboxError::ZygoteStart`] with the end of its error output.
     pub(crate) fn start(recipe: Arc<Recipe>) -> Result<Self, SandboxError> {
         let calls = Arc::new(Mutex::new(Calls::default()));
-        let user_of_the_node = (!recipe.tier.has_namespaces()).then_some(recipe.uid);
+        let crowd = (!recipe.tier.has_namespaces()).then_some((recipe.uid, recipe.slots));
         let (report, ready) = sync_channel(1);
         let of_keeper = Arc::clone(&calls);
         let keeper = std::thread::Builder::new()
@@ -85,7 +85,7 @@ impl Zygote {
             served: AtomicU64::new(0),
             image_bytes: ready.image_bytes,
             landlock: ready.landlock,
-            user_of_the_node,
+            crowd,
         })
     }
 
@@ -131,9 +131,12 @@ impl Zygote {
         calls.waiting.remove(&call);
     }
 
-    /// Who its snippets are, if others on this node may be the same user.
-    pub(crate) fn user_of_the_node(&self) -> Option<u32> {
-        self.user_of_the_node
+    /// The kernel's limit for a snippet that may have so many tasks. It counts a user's by user namespace. Without one of a
+    /// snippet's own those that the user has now come on top, and what the pool's other snippets may still make: one that
+    /// makes many must not take the others' away.
+    pub(crate) fn kernel_task_limit(&self, tasks: u32) -> u32 {
+        let Some((uid, slots)) = self.crowd else { return tasks };
+        usage::tasks_of(uid).saturating_add(tasks.saturating_mul(slots))
     }
 
     /// Watches a snippet or a session of this zygote by its first process.

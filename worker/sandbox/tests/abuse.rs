@@ -32,6 +32,8 @@ struct Case {
     setup: Option<String>,
     /// What differs where a snippet sees the node's files and processes without being able to touch them.
     landlock: Option<OnLandlock>,
+    /// Why it is no attack as a turn of a session.
+    not_as_turn: Option<String>,
     /// The one tier that it is for.
     tier: Option<Tier>,
 }
@@ -163,7 +165,34 @@ fn hold(sandbox: &Sandbox, case: &Case) -> Result<(), String> {
     judge(case, &outcome, seconds - patience.as_secs_f64() + 5.0)
         .map_err(|reason| format!("{reason}: {outcome:?}"))?;
     let next = common::run(sandbox, "print(1+1)");
-    if next.stdout == "2\n" { Ok(()) } else { Err(format!("the next snippet does not work: {next:?}")) }
+    if next.stdout != "2\n" {
+        return Err(format!("the next snippet does not work: {next:?}"));
+    }
+    if case.not_as_turn.is_some() { Ok(()) } else { hold_as_turn(sandbox, case, &code) }
+}
+
+/// The same attack as a turn of a session, whose state before it must be there after it, or be known to be lost.
+fn hold_as_turn(sandbox: &Sandbox, case: &Case, code: &str) -> Result<(), String> {
+    let turn = |code: &str| {
+        let limits = Some(Limits { wall: Duration::from_secs(2), ..Limits::default() });
+        sandbox.turn(&case.name, &Snippet { code, seed: 1, limits }).map_err(|e| e.to_string())
+    };
+    turn("x = 41")?;
+    let attack = turn(code)?;
+    let next = turn("print(x + 1 if 'x' in globals() else 'lost')")?;
+    sandbox.end_session(&case.name);
+    let output = format!("{}{}", attack.outcome.stdout, attack.outcome.stderr);
+    if let Some(escape) = case.must_not.iter().find(|text| output.contains(text.as_str())) {
+        return Err(format!("as a turn: {escape:?} happened: {attack:?}"));
+    }
+    // A turn that is kept may have done anything to its own state, even to what would answer.
+    let answers =
+        if next.restarted { next.outcome.stdout == "lost\n" } else { next.outcome.stdout == "42\n" };
+    if answers || attack.kept {
+        Ok(())
+    } else {
+        Err(format!("the turn after it: {next:?}, after {attack:?}"))
+    }
 }
 
 fn judge(case: &Case, outcome: &Outcome, seconds: f64) -> Result<(), String> {

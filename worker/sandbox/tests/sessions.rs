@@ -82,8 +82,8 @@ fn a_turn_s_threads_and_processes_end_with_it() {
         "import os, threading, time, subprocess\n\
          def spin():\n    while True: pass\n\
          threading.Thread(target=spin, daemon=True).start()\n\
-         made = [subprocess.Popen(['/bin/sleep', '60']).pid, os.fork()]\n\
-         if made[1] == 0:\n    time.sleep(60)\n\
+         made = [subprocess.Popen(['/bin/sleep', '60'], start_new_session=True).pid, os.fork()]\n\
+         if made[1] == 0:\n    os.setsid()\n    time.sleep(60)\n\
          read, write = os.pipe()\n\
          if os.fork() == 0:\n    orphan = os.fork()\n    \
          if orphan: os.write(write, str(orphan).encode())\n    else: time.sleep(60)\n    os._exit(0)\n\
@@ -95,9 +95,9 @@ fn a_turn_s_threads_and_processes_end_with_it() {
     assert_eq!(said(name, alive), "1 gone gone gone\n", "not even a zombie is left");
     let waits = "p = subprocess.run(['/bin/sh', '-c', 'exit 7'])\nprint(p.returncode)";
     assert_eq!(said(name, waits), "7\n", "children are waited for as ever");
-    let leaves = "for leave in (os.setsid, lambda: os.setpgid(0, 0), lambda: os.setpgid(0, os.getppid())):\n    \
-                  try: leave(); print('left')\n    except PermissionError: print('kept')";
-    assert_eq!(said(name, leaves), "kept\nkept\nkept\n", "the group is how they are found");
+    let leaves = "before = os.getpgid(0), os.getsid(0)\nos.setsid()\nos.setpgid(0, 0)\nos.setpgid(0, os.getppid())\n\
+                  print(before == (os.getpgid(0), os.getsid(0)))";
+    assert_eq!(said(name, leaves), "True\n", "the group is how they are found");
     sandbox().end_session(name);
 }
 
@@ -180,6 +180,46 @@ fn code_that_lies_to_the_session_hurts_only_itself() {
     for name in ["liar", "honest"] {
         sandbox().end_session(name);
     }
+}
+
+#[test]
+fn whatever_a_head_says_no_other_session_hears_it() {
+    said("bystander", "x = [1]");
+    for seed in 0..12 {
+        // Random words of any length, some with descriptors, to whatever socket it finds, from a child of its own too.
+        let babble = format!(
+            "import array, os, random, socket, stat\n\
+             r = random.Random({seed})\n\
+             sockets = []\n\
+             for fd in range(3, 64):\n\
+             \x20   try:\n\
+             \x20       if stat.S_ISSOCK(os.fstat(fd).st_mode): sockets.append(socket.socket(fileno=os.dup(fd)))\n\
+             \x20   except OSError: pass\n\
+             if r.random() < 0.5: os.fork()\n\
+             for _ in range(r.randrange(400)):\n\
+             \x20   word = r.randbytes(r.choice([1, 7, 8, 9, 16, 300]))\n\
+             \x20   if r.random() < 0.3: word = r.randrange(4).to_bytes(4, 'little') + r.randrange(300).to_bytes(4, 'little')\n\
+             \x20   rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [0, 1, 2]))] if r.random() < 0.3 else []\n\
+             \x20   try:\n\
+             \x20       for s in sockets: s.sendmsg([word], rights, socket.MSG_DONTWAIT)\n\
+             \x20   except OSError: pass\n"
+        );
+        let limits = Some(Limits { wall: Duration::from_secs(1), ..Limits::default() });
+        let turn = |code: &str| {
+            let snippet = Snippet { code, seed: 0, limits: limits.clone() };
+            sandbox().turn("babbler", &snippet).expect("whatever the code does is an outcome")
+        };
+        turn("y = 1");
+        turn(&babble);
+        let next = turn("print('still', 'y' in globals())");
+        assert!(
+            next.outcome.stdout.is_empty() || next.outcome.stdout.starts_with("still"),
+            "{seed}: {next:?}"
+        );
+        sandbox().end_session("babbler");
+        assert_eq!(said("bystander", "print(x)"), "[1]\n", "{seed}");
+    }
+    sandbox().end_session("bystander");
 }
 
 #[test]

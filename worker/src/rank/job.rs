@@ -17,6 +17,7 @@ use agentfly_common::telemetry::TRACE;
 use agentfly_policy::device::DeviceHandle;
 use agentfly_policy::learner::Learner;
 use agentfly_policy::placement::Place;
+use agentfly_sandbox::Tier;
 use anyhow::{Context as _, anyhow};
 use tracing::info_span;
 
@@ -39,6 +40,8 @@ pub struct Job {
     pub plan: Plan,
     /// What its chains share.
     pub chain_deps: ChainDeps,
+    /// How their code is isolated.
+    pub sandbox_tier: Tier,
     /// This rank, 0-based.
     pub rank: u32,
     /// How many ranks there are.

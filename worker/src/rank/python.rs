@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use agentfly_agent::tools::{InfraError, PythonRunner, PythonSlot, RunLimits, RunOutput, RunStatus, Snippet};
-use agentfly_common::config::Config;
+use agentfly_common::config::{Config, SandboxTier};
 use agentfly_common::ids::ChainKey;
-use agentfly_sandbox::{Limits, Outcome, Sandbox, SandboxConfig, Status, Turn};
+use agentfly_sandbox::{Limits, Outcome, Sandbox, SandboxConfig, Status, Tier, Turn};
 use anyhow::Context as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -57,6 +57,7 @@ impl SandboxPython {
         let slots = config.sandbox.slots.unwrap_or(threads.max(1).saturating_mul(2)) as usize;
         let sandbox = Sandbox::start(SandboxConfig {
             slots,
+            tier: tier(config.sandbox.tier),
             limits: limits.clone(),
             preload: PRELOADED.map(str::to_owned).to_vec(),
             echo_last: config.sandbox.echo_last,
@@ -67,6 +68,21 @@ impl SandboxPython {
         let blocking = tokio::runtime::Handle::try_current().context("the sandbox serves async callers")?;
         let permits = Arc::new(Semaphore::new(slots));
         Ok(Self { sandbox: Arc::new(sandbox), limits, permits, blocking })
+    }
+
+    /// How it isolates code.
+    pub(super) fn tier(&self) -> Tier {
+        self.sandbox.tier()
+    }
+}
+
+/// The sandbox's word for the settings'; `None` is the strongest that works.
+fn tier(wanted: SandboxTier) -> Option<Tier> {
+    match wanted {
+        SandboxTier::Auto => None,
+        SandboxTier::Root => Some(Tier::Root),
+        SandboxTier::UserNamespaces => Some(Tier::UserNamespaces),
+        SandboxTier::Landlock => Some(Tier::Landlock),
     }
 }
 

@@ -12,9 +12,9 @@ use agentfly_agent::chain::ChainDeps;
 use agentfly_agent::rewards::reward;
 use agentfly_agent::template::ChatTemplate;
 use agentfly_agent::tokenizer::ChatTokenizer;
-use agentfly_agent::tools::{PythonRunner, ToolSet};
+use agentfly_agent::tools::{CodeOptions, PythonRunner, ToolSet};
 use agentfly_c10d::{Group, Store};
-use agentfly_common::config::Config;
+use agentfly_common::config::{Config, Sandbox};
 use agentfly_common::ids::PolicyVersion;
 use agentfly_common::planner::{GATHERED_CACHES, PAGE_TOKENS, PREFILL_TOKENS, Plan, SAMPLED_AT_A_TIME};
 use agentfly_common::seed::JobSeed;
@@ -24,6 +24,7 @@ use agentfly_policy::engine::{Engine, EngineConfig};
 use agentfly_policy::learner::{Learner, LearnerError};
 use agentfly_policy::placement::{Place, open, set_up};
 use agentfly_proto::v1::{FormGroup, Prepare, Ready, StoreOpened, rank_message::Kind as Say};
+use agentfly_sandbox::Tier;
 use anyhow::{Context as _, anyhow};
 use tracing::{Instrument as _, info_span};
 
@@ -83,13 +84,14 @@ pub(super) async fn prepare(
 
     reporter.activity.set("starting the sandbox, the tools and the reward");
     let tokenizer = Arc::new(ChatTokenizer::from_dir(&model_dir).map_err(RankError::operator)?);
-    let chain_deps = chain_deps(options, &config, &device, &tokenizer)
+    let (chain_deps, sandbox_tier) = chain_deps(options, &config, &device, &tokenizer)
         .instrument(info_span!(target: TRACE, "start the sandbox"))
         .await?;
     let job = Job {
         seed: JobSeed(prepare.seed),
         plan,
         chain_deps,
+        sandbox_tier,
         rank: options.id.rank,
         world_size: prepare.world_size,
         total_steps: prepare.total_steps,
@@ -150,23 +152,26 @@ async fn chain_deps(
     config: &Config,
     device: &DeviceHandle<LearnerSeat>,
     tokenizer: &Arc<ChatTokenizer>,
-) -> Result<ChainDeps, RankError> {
+) -> Result<(ChainDeps, Tier), RankError> {
     let template = ChatTemplate::new(config.agent.template.as_deref(), tokenizer.clone());
     let (sandbox_config, threads) = (config.clone(), options.threads);
     let python = tokio::task::spawn_blocking(move || SandboxPython::start(&sandbox_config, threads))
         .await
         .map_err(|e| RankError::us(anyhow!("starting the sandbox broke: {e}")))?
         .map_err(RankError::operator)?;
+    let tier = python.tier();
+    let Sandbox { stateful, partial_output, .. } = config.sandbox;
+    let code = CodeOptions { stateful, partial_output };
     let python: Arc<dyn PythonRunner> = Arc::new(python);
-    Ok(ChainDeps {
+    let deps = ChainDeps {
         generator: Arc::new(EngineGenerator(device.clone())),
         template: Arc::new(template.map_err(RankError::operator)?),
         agent: agent(config.agent.agent_type.as_str()).map_err(RankError::operator)?,
-        tools: ToolSet::by_names(&config.agent.tools, &python, config.sandbox.stateful)
-            .map_err(RankError::operator)?,
+        tools: ToolSet::by_names(&config.agent.tools, &python, code).map_err(RankError::operator)?,
         reward: Some(reward(&config.agent.reward_name, &python).map_err(RankError::operator)?),
         system_prompt: config.agent.system_prompt.clone(),
-    })
+    };
+    Ok((deps, tier))
 }
 
 /// Rank 0 opens the rendezvous store, on any free port, and says where.
@@ -243,7 +248,8 @@ async fn take_seat(job: &Job, seat: Option<Seat>) -> Result<Say, RankError> {
     };
     let (version, weights_hash) =
         job.device.call("joining the collective group", work).await.map_err(RankError::us)??;
-    Ok(Say::Ready(Ready { policy_version: version.0, weights_hash }))
+    let sandbox_tier = job.sandbox_tier.to_string();
+    Ok(Say::Ready(Ready { policy_version: version.0, weights_hash, sandbox_tier }))
 }
 
 /// Who must act when a checkpoint cannot be loaded. Where another rank is the cause, its own report says why.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::config::checks::Checks;
+use crate::config::choices::SandboxTier;
 
 /// The sandbox ends every call by then, whatever is asked for.
 const MOST_WALL_SECONDS: u64 = 60;
@@ -16,6 +17,8 @@ const MOST_SLOTS: u32 = 1024;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sandbox {
+    /// The isolation that must be there.
+    pub tier: SandboxTier,
     /// Wall-clock limit.
     pub wall_seconds: u64,
     /// Memory limit in MiB.
@@ -24,6 +27,8 @@ pub struct Sandbox {
     pub slots: Option<u32>,
     /// The calls of a chain share their variables and files.
     pub stateful: bool,
+    /// What a call printed is shown also where it failed or was ended.
+    pub partial_output: bool,
     /// The value of a last line that is an expression is shown.
     pub echo_last: bool,
     /// With `stateful`: chains whose state is kept between their calls, on a rank.

@@ -17,7 +17,9 @@ use crate::agents::CodeAgent;
 use crate::rewards::reward;
 use crate::template::{Next, ToolReply};
 use crate::test_support::{IM_END, IM_START, tokenizer};
-use crate::tools::{InfraError, PythonRunner, PythonSlot, RunOutput, RunStatus, Snippet, ToolSet};
+use crate::tools::{
+    CodeOptions, InfraError, PythonRunner, PythonSlot, RunOutput, RunStatus, Snippet, ToolSet,
+};
 
 const CODE: &str = "Compute.\n```python\nprint(6*7)\n```";
 const ANSWER: &str = "\\boxed{42}";
@@ -188,7 +190,7 @@ fn stage(turns: &[Turn], printed: Result<String, InfraError>) -> Stage {
         generator: script.clone(),
         template: Arc::new(ChatTemplate::new(Some("chatml"), tokenizer()).unwrap()),
         agent: Arc::new(CodeAgent),
-        tools: ToolSet::by_names(&["code_interpreter"], &python, false).unwrap(),
+        tools: ToolSet::by_names(&["code_interpreter"], &python, CodeOptions::default()).unwrap(),
         reward: Some(reward("math_reward_format", &python).unwrap()),
         system_prompt: Some("S".into()),
     };
@@ -438,7 +440,7 @@ async fn thirty_looping_snippets_wait_for_one_sandbox_on_nobodys_clock() {
     let lines = [vec![Turn::Says(CODE.into()); 30], vec![Turn::Says(ANSWER.into()); 30]].concat();
     let mut stage = stage(&lines, prints_42());
     let python: Arc<dyn PythonRunner> = Crowded::one_place(10, "42\n");
-    stage.deps.tools = ToolSet::by_names(&["code_interpreter"], &python, false).unwrap();
+    stage.deps.tools = ToolSet::by_names(&["code_interpreter"], &python, CodeOptions::default()).unwrap();
     stage.spec.time_limit = Duration::from_secs(15);
     let began = Instant::now();
     for t in play_many(&stage, 30).await {
@@ -464,7 +466,7 @@ async fn a_queued_snippet_whose_chain_is_gone_is_never_run() {
     let mut stage = stage(&says(&[CODE; 5]), prints_42());
     let crowded = Crowded::one_place(10, "42\n");
     let python: Arc<dyn PythonRunner> = crowded.clone();
-    stage.deps.tools = ToolSet::by_names(&["code_interpreter"], &python, false).unwrap();
+    stage.deps.tools = ToolSet::by_names(&["code_interpreter"], &python, CodeOptions::default()).unwrap();
     stage.spec.step_deadline = Instant::now() + Duration::from_secs(5);
     let taken = crowded.places.acquire().await.unwrap();
     for ended in play_many(&stage, 5).await {
@@ -498,7 +500,7 @@ async fn a_chain_out_of_time_keeps_the_part_of_its_turn_that_was_sampled() {
 async fn a_chain_whose_tool_outlasts_it_ends_with_its_last_turn() {
     let mut stage = stage(&says(&[CODE, ANSWER]), prints_42());
     let python: Arc<dyn PythonRunner> = Arc::new(Hangs);
-    stage.deps.tools = ToolSet::by_names(&["code_interpreter"], &python, false).unwrap();
+    stage.deps.tools = ToolSet::by_names(&["code_interpreter"], &python, CodeOptions::default()).unwrap();
     let t = stage.play().await;
     assert_eq!((reason(&t), trained_text(&t)), (FinishReason::Timeout, CODE.to_owned()));
     assert_eq!((t.token_ids.last(), t.loss_mask.last()), (Some(&IM_END), Some(&true)));
@@ -524,7 +526,8 @@ async fn the_steps_deadline_bounds_every_wait() {
         match waited_for {
             "room in the rollout engine" => stage.script.slots.forget_permits(1),
             "a tool" => {
-                stage.deps.tools = ToolSet::by_names(&["code_interpreter"], &python, false).unwrap();
+                stage.deps.tools =
+                    ToolSet::by_names(&["code_interpreter"], &python, CodeOptions::default()).unwrap();
                 0
             }
             "the reward" => {

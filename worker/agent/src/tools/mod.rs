@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 use crate::agents::ToolCall;
 use crate::clock::Clock;
 
-pub use code_interpreter::{CodeInterpreter, MEMORY_EXCEEDED, TIMED_OUT};
+pub use code_interpreter::{CodeInterpreter, CodeOptions, MEMORY_EXCEEDED, TIMED_OUT};
 pub use python::{InfraError, PythonRunner, PythonSlot, RunLimits, RunOutput, RunStatus, Snippet};
 
 /// AgentFly's default limit of an observation, in characters.
@@ -116,19 +116,18 @@ impl ToolSet {
         Self { tools }
     }
 
-    /// The tools of these names (`agent.tools`), running Python with `python`; `stateful` as
-    /// [`CodeInterpreter::new`] has it.
+    /// The tools of these names (`agent.tools`), running Python with `python`.
     ///
     /// # Errors
     /// An unknown name, with the known ones.
     pub fn by_names<S: AsRef<str>>(
         names: &[S],
         python: &Arc<dyn PythonRunner>,
-        stateful: bool,
+        code: CodeOptions,
     ) -> Result<Self, UnknownTool> {
         let tool = |name: &S| -> Result<Arc<dyn Tool>, UnknownTool> {
             match name.as_ref() {
-                "code_interpreter" => Ok(Arc::new(CodeInterpreter::new(python.clone(), stateful))),
+                "code_interpreter" => Ok(Arc::new(CodeInterpreter::new(python.clone(), code))),
                 other => Err(UnknownTool { name: other.to_owned(), known: TOOL_NAMES.to_vec() }),
             }
         };

@@ -31,8 +31,17 @@ async fn call(
     arguments: Value,
     run: Result<RunOutput, InfraError>,
 ) -> Result<Observation, ToolFault> {
+    call_with(CodeOptions::default(), name, arguments, run).await
+}
+
+async fn call_with(
+    code: CodeOptions,
+    name: &str,
+    arguments: Value,
+    run: Result<RunOutput, InfraError>,
+) -> Result<Observation, ToolFault> {
     let python: Arc<dyn PythonRunner> = Arc::new(Scripted(run));
-    let tools = ToolSet::by_names(&["code_interpreter"], &python, false).unwrap();
+    let tools = ToolSet::by_names(&["code_interpreter"], &python, code).unwrap();
     let chain = ChainKey { purpose: Purpose::Train, step: 1, group: 0, chain: 0 };
     let hour = Duration::from_secs(3600);
     let clock = Clock::start(hour, Instant::now() + hour);
@@ -58,6 +67,21 @@ async fn a_run_shows_what_it_printed_and_then_what_went_wrong() {
     let long = ran(RunStatus::TimedOut, &"x".repeat(5000)).await;
     assert_eq!(long.chars().count(), 2048);
     assert!(long.ends_with("x\nExecution timed out"));
+}
+
+/// `sandbox.partial_output=false`: AgentFly's observations to the letter.
+#[tokio::test]
+async fn without_partial_output_a_run_that_failed_shows_its_problem_alone() {
+    let show = async |status, stdout: &str| {
+        let output = RunOutput { status, stdout: stdout.into(), stderr: String::new(), restarted: false };
+        let code = CodeOptions { partial_output: false, ..CodeOptions::default() };
+        call_with(code, "code_interpreter", json!({"code": "…"}), Ok(output)).await.unwrap().text
+    };
+    let error = RunStatus::Error { message: "NameError: name 'x' is not defined".into() };
+    assert_eq!(show(RunStatus::Success, "4\n").await, "4\n");
+    assert_eq!(show(error, "half").await, "NameError: name 'x' is not defined");
+    assert_eq!(show(RunStatus::TimedOut, "1\n").await, "Execution timed out");
+    assert_eq!(show(RunStatus::MemoryExceeded, "1\n").await, "Memory limit exceeded");
 }
 
 #[tokio::test]
@@ -102,7 +126,8 @@ fn an_unknown_tool_name_in_the_configuration_lists_the_known_ones() {
         restarted: false,
     });
     let python: Arc<dyn PythonRunner> = Arc::new(Scripted(run));
-    let error = ToolSet::by_names(&["google_search"], &python, false).err().unwrap().to_string();
+    let error =
+        ToolSet::by_names(&["google_search"], &python, CodeOptions::default()).err().unwrap().to_string();
     assert!(error.contains("google_search") && error.contains("code_interpreter"), "{error}");
 }
 
@@ -139,7 +164,12 @@ async fn a_stateful_interpreter_has_a_session_for_each_chain_and_says_when_its_v
     let asked = async |stateful| {
         let notes = Notes::default();
         let python: Arc<dyn PythonRunner> = Arc::new(notes.clone());
-        let tools = ToolSet::by_names(&["code_interpreter"], &python, stateful).unwrap();
+        let tools = ToolSet::by_names(
+            &["code_interpreter"],
+            &python,
+            CodeOptions { stateful, ..CodeOptions::default() },
+        )
+        .unwrap();
         let call = ToolCall { name: "code_interpreter".into(), arguments: json!({"code": "x"}) };
         let text = tools.call(&call, context).await.unwrap().text;
         tools.chain_ended(&chain);

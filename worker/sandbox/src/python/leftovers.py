@@ -1,7 +1,7 @@
 """Ends what a snippet leaves: its processes, its files. For a process whose code is trusted.
 
-A snippet cannot leave its process group (seccomp refuses setsid and setpgid), and a signal to a group reaches all of it at
-once, whatever it forks meanwhile: so nothing gets away by being faster.
+Their code cannot leave its process group (where that matters, the seccomp program turns setsid and setpgid into nothing), and
+a signal to a group reaches all of it at once, whatever it forks meanwhile: so nothing gets away by being faster.
 """
 
 import os

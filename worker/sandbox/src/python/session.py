@@ -245,6 +245,15 @@ def waits_for(thread):
     return thread is not threading.main_thread() and not thread.daemon
 
 
+def copy_of_this(clone):
+    """A sibling of this process with its memory; 0 in that. Where others of the same user have too many tasks, it waits."""
+    while True:
+        try:
+            return isolation.fork(clone, isolation.CLONE_PARENT)[0]
+        except BlockingIOError:
+            time.sleep(0.01)
+
+
 def next_turn(channel, clone):
     """Waits for a turn and returns in a copy of this process, which stays as it is."""
     while True:
@@ -253,7 +262,7 @@ def next_turn(channel, clone):
             os._exit(0)
         number, flags = NOTE.unpack(message)
         drawn = random.getstate()
-        process, _ = isolation.fork(clone, isolation.CLONE_PARENT)
+        process = copy_of_this(clone)
         if process != 0:
             for each in descriptors:
                 os.close(each)

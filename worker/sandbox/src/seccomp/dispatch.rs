@@ -56,8 +56,8 @@ pub(super) fn verdict(program: &[sock_filter], architecture: u32, number: u32) -
 
 /// The programs of one list of calls.
 pub(super) struct List {
-    /// Says of each number that is refused in another way than `allowed` does which way that is.
-    pub(super) refused: BpfProgram,
+    /// Of these the first that does not allow a number decides; otherwise `allowed`.
+    pub(super) exceptions: Vec<BpfProgram>,
     /// The whole list.
     pub(super) allowed: BpfProgram,
     /// The part of the list that depends on arguments.
@@ -72,8 +72,9 @@ pub(super) fn joined(list: &List) -> Option<BpfProgram> {
     let architecture = list.architecture;
     let mut leaves: Vec<(u32, Verdict)> = Vec::new();
     for number in 0..=NUMBERS {
-        let refused = verdict(&list.refused, architecture, number)?;
-        let found = if refused == ALLOW { verdict(&list.allowed, architecture, number)? } else { refused };
+        let programs = list.exceptions.iter().chain([&list.allowed]);
+        let mut verdicts = programs.map(|program| verdict(program, architecture, number));
+        let found = verdicts.find(|found| *found != Some(ALLOW)).unwrap_or(Some(ALLOW))?;
         if leaves.last().is_none_or(|(_, before)| *before != found) {
             leaves.push((number, found));
         }

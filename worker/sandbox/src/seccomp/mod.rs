@@ -51,6 +51,9 @@ pub(crate) fn programs(around: Around) -> Result<Vec<Vec<u8>>, SandboxError> {
     of_both.into_iter().collect()
 }
 
+/// An errno with which a call is not made, and told that it was.
+const SUCCESS: i32 = 0;
+
 /// Whose program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Who {
@@ -62,16 +65,21 @@ fn list(arch: TargetArch, around: Around, who: Who) -> Result<List, SandboxError
     // A sibling would be no descendant of the process whose descendants are watched. In a pid namespace that process is
     // the first, which cannot have siblings.
     let siblings = around == Around::Namespaces || who == Who::Head;
+    // A snippet's pid namespace ends with it. Elsewhere its group is how its processes are found.
+    let keeps_its_group = around != Around::Namespaces || who == Who::Head;
     let named = table::named(arch == TargetArch::x86_64, around);
     let by_argument = table::by_argument(around, siblings);
     let allow = |rules: &[Value]| json!({"mismatch_action": {"errno": libc::EPERM}, "match_action": "allow", "filter": rules});
-    let no_clone3 = json!({
-        "mismatch_action": "allow",
-        "match_action": {"errno": libc::ENOSYS},
-        "filter": [{"syscall": "clone3"}],
-    });
+    let except = |errno: i32, calls: &[&str]| {
+        let calls: Vec<_> = calls.iter().map(|call| json!({"syscall": call})).collect();
+        json!({"mismatch_action": "allow", "match_action": {"errno": errno}, "filter": calls})
+    };
+    let mut exceptions = vec![compile(&except(libc::ENOSYS, &["clone3"]), arch)?];
+    if keeps_its_group {
+        exceptions.push(compile(&except(SUCCESS, table::LEAVE_GROUP), arch)?);
+    }
     Ok(List {
-        refused: compile(&no_clone3, arch)?,
+        exceptions,
         allowed: compile(&allow(&[named, by_argument.clone()].concat()), arch)?,
         by_argument: compile(&allow(&by_argument), arch)?,
         architecture: if arch == TargetArch::x86_64 { AUDIT_ARCH_X86_64 } else { AUDIT_ARCH_AARCH64 },

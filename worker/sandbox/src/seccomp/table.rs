@@ -1,8 +1,7 @@
 //! The names: what a snippet may call. Numbers are the architecture's.
 //!
 //! Calls that make namespaces or mounts, trace processes, load programs into the kernel or hold memory outside the
-//! accounting (memfd, System V shared memory) must stay out of it, and so must those that leave the process group or the
-//! session, by which everything that a snippet started is ended.
+//! accounting (memfd, System V shared memory) must stay out of it.
 
 use serde_json::{Value, json};
 
@@ -39,6 +38,10 @@ pub(super) const EVERYWHERE: &[&str] = &[
     "uname", "sysinfo", "getuid", "getgid", "geteuid", "getegid", "getresuid", "getresgid", "getgroups", "capget",
     "getrlimit", "setrlimit", "getrusage", "getrandom",
 ];
+
+/// Leave the process group or the session. Where that is how a snippet's processes are found, the calls do nothing and say
+/// that they did, so that a program which detaches itself goes on.
+pub(super) const LEAVE_GROUP: &[&str] = &["setpgid", "setsid"];
 
 /// Allowed with any arguments where nobody else's files, sockets or processes are in reach. On the node itself Landlock does
 /// not control them: who owns a file may change its mode and times, and who owns a process its priority and limits.
@@ -88,6 +91,7 @@ pub(super) fn named(x86_64: bool, around: Around) -> Vec<Value> {
     let of = |condition: bool, names: &'static [&'static str]| if condition { names } else { &[] };
     let names = EVERYWHERE
         .iter()
+        .chain(LEAVE_GROUP)
         .chain(of(in_namespaces, IN_NAMESPACES))
         .chain(of(around != Around::Node { signals: false }, SIGNALS))
         .chain(of(x86_64, X86_64_EVERYWHERE))

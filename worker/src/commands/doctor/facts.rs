@@ -4,7 +4,7 @@ use agentfly_c10d::LIBTORCH_VERSION;
 use agentfly_common::machine::{Memory, cores, cpu_computes_bf16, cpu_has_bf16_matrix_unit, memory};
 use agentfly_common::planner::Precision;
 use agentfly_policy::placement::{Place, cuda_built, products_are_batch_invariant};
-use agentfly_sandbox::{Sandbox, SandboxConfig, Snippet, Status};
+use agentfly_sandbox::{Sandbox, SandboxConfig, Tier};
 use serde::Serialize;
 
 use crate::gpu::{self, Gpu};
@@ -27,20 +27,17 @@ pub(super) struct Facts {
     /// Whether this program can use GPUs at all.
     pub(super) built_for_cuda: bool,
     pub(super) libtorch: &'static str,
-    /// The sandbox's tier.
-    pub(super) sandbox: Option<String>,
+    /// The tiers of the sandbox that work here, the strongest first; the first is used.
+    pub(super) sandbox: Vec<Tier>,
     /// Why there is none.
     pub(super) sandbox_problem: Option<String>,
 }
 
 impl Facts {
-    /// Looks around; the sandbox is started, used once and ended.
+    /// Looks around; the sandbox is started, used once and ended on each of its tiers.
     pub(super) fn gather() -> Self {
         let Memory { total_bytes, available_bytes } = memory();
-        let (sandbox, sandbox_problem) = match sandbox() {
-            Ok(tier) => (Some(tier), None),
-            Err(error) => (None, Some(format!("{error:#}"))),
-        };
+        let (sandbox, sandbox_problem) = sandbox();
         Self {
             cores: cores(),
             cpu: cpu_name(),
@@ -72,18 +69,24 @@ impl Facts {
     }
 }
 
-/// Runs a first snippet through every layer, and gives the tier.
-fn sandbox() -> anyhow::Result<String> {
-    let config = SandboxConfig { slots: 1, preload: Vec::new(), ..SandboxConfig::new(interpreter()?) };
-    let sandbox = Sandbox::start(config)?;
-    let outcome = sandbox.run(&Snippet { code: "print(6 * 7)", seed: 1, limits: None })?;
-    anyhow::ensure!(
-        outcome.status == Status::Ok && outcome.stdout == "42\n",
-        "a first snippet ended with {:?}: {}",
-        outcome.status,
-        outcome.stderr
-    );
-    Ok(sandbox.tier().to_string())
+/// The tiers on which a first snippet runs through every layer, and where there is none why.
+fn sandbox() -> (Vec<Tier>, Option<String>) {
+    let python = match interpreter() {
+        Ok(python) => python,
+        Err(error) => return (Vec::new(), Some(format!("{error:#}"))),
+    };
+    let start = |tier| {
+        Sandbox::start(SandboxConfig { slots: 1, preload: Vec::new(), tier, ..SandboxConfig::new(&python) })
+    };
+    match start(None) {
+        // Starting runs a first snippet.
+        Ok(strongest) => {
+            let weaker = Tier::ALL.into_iter().skip_while(|tier| *tier != strongest.tier()).skip(1);
+            let weaker = weaker.filter(|tier| start(Some(*tier)).is_ok());
+            (std::iter::once(strongest.tier()).chain(weaker).collect(), None)
+        }
+        Err(error) => (Vec::new(), Some(error.to_string())),
+    }
 }
 
 fn cpu_name() -> Option<String> {

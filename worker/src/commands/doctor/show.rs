@@ -50,9 +50,13 @@ fn machine(facts: &Facts) -> Table {
     rows.add_row(["GPUs", &gpus(facts)]);
     let build = if facts.built_for_cuda { "CUDA" } else { "CPU" };
     rows.add_row(["libtorch", &format!("{}, {build}", facts.libtorch)]);
-    let sandbox = match (&facts.sandbox, &facts.sandbox_problem) {
-        (Some(tier), _) => format!("yes, tier {tier}"),
-        (None, why) => format!("{}: {}", yes_no(false), why.as_deref().unwrap_or("unknown")),
+    let sandbox = match (facts.sandbox.as_slice(), &facts.sandbox_problem) {
+        ([], why) => format!("{}: {}", yes_no(false), why.as_deref().unwrap_or("unknown")),
+        ([tier], _) => format!("yes, tier {tier}"),
+        ([tier, weaker @ ..], _) => {
+            let weaker: Vec<_> = weaker.iter().map(ToString::to_string).collect();
+            format!("yes, tier {tier} (and {})", weaker.join(", "))
+        }
     };
     rows.add_row(["sandbox for code", &sandbox]);
     rows

@@ -6,7 +6,7 @@ mod serve;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use agentfly_sandbox::{Limits, SandboxConfig};
+use agentfly_sandbox::{Limits, SandboxConfig, Tier};
 
 use crate::rank::python::interpreter;
 
@@ -30,6 +30,9 @@ enum Command {
 /// How snippets run, and their limits.
 #[derive(Debug, clap::Args)]
 struct PoolArgs {
+    /// How to isolate: root, user_namespaces or landlock; refuses where that cannot be had [default: the strongest that can]
+    #[arg(long, value_name = "TIER")]
+    tier: Option<Tier>,
     /// Wall-clock time of a snippet, in seconds, at most 60
     #[arg(long, value_name = "SECONDS", default_value_t = 5.0)]
     wall: f64,
@@ -80,6 +83,7 @@ impl PoolArgs {
         let default = || preload.iter().map(|module| (*module).to_owned()).collect();
         Ok(SandboxConfig {
             slots,
+            tier: self.tier,
             limits,
             echo_last: self.echo_last,
             preload: match &self.preload {

@@ -148,7 +148,7 @@ async fn every_tool_call_and_the_reward_have_seeds_of_their_own_that_a_rerun_has
         let (seeds, mut stage) =
             (Arc::new(Seeds::default()), stage(&says(&[CODE, CODE, "\\boxed{x+y}"]), prints_42()));
         let python: Arc<dyn PythonRunner> = seeds.clone();
-        stage.deps.tools = ToolSet::by_names(&["code_interpreter"], &python, false).unwrap();
+        stage.deps.tools = ToolSet::by_names(&["code_interpreter"], &python, CodeOptions::default()).unwrap();
         stage.deps.reward = Some(reward("math_reward", &python).unwrap());
         stage.play().await;
         both.push(seeds.0.lock().unwrap().clone());

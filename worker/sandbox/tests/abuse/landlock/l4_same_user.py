@@ -20,7 +20,6 @@ attempts = {
     "affinity": lambda: os.sched_setaffinity(parent, os.sched_getaffinity(parent)),
     "owner": lambda: fcntl.fcntl(0, fcntl.F_SETOWN, parent),
     "lease": lambda: fcntl.fcntl(open(program, "rb"), fcntl.F_SETLEASE, fcntl.F_RDLCK),
-    "session": os.setsid,
     "local socket": lambda: socket.socket(socket.AF_UNIX),
     "datagram pair": steal,
     "environ": reads(f"/proc/{parent}/environ"),
