@@ -14,26 +14,8 @@
 //!
 //! # Threat model
 //!
-//! **The attacker** is the snippet. It may contain anything, including native code through `ctypes`, and it gains from
-//! every hole: during training a policy finds the ones that pay.
-//!
-//! **Promised**, on every tier:
-//! - It reads no file of the node but the system's `/usr`, the interpreter and its packages, and writes only to a `/tmp`
-//!   and `/dev/shm` of its own, which end with it.
-//! - It sees no environment variable, descriptor, process, network or socket of the node, nor anything of another
-//!   snippet; the warm process it starts from has never held another snippet's code or output.
-//! - It holds no privilege, never runs as the node's user 0, and can make no namespace, mount, raw or network socket,
-//!   nor trace a process or load a program into the kernel: an allowlist of system calls decides.
-//! - It takes no more time, memory, processes, output or disk than its [`Limits`]; memory is sampled, so a burst may
-//!   pass its limit for some tens of milliseconds, within the address-space limit of each process.
-//! - When it ends, when it is killed and when this program is killed (SIGKILL too), none of its processes, mounts or
-//!   files stay.
-//!
-//! **Not promised.** The kernel is shared: a hole in it that the allowed calls can reach is a way out, and caches and
-//! timing can leak between processes on one machine. For openly hostile tenants give each its own virtual machine.
-//! World-readable files below `/usr` can be read, so keep no secret there. A snippet's result is its author's
-//! word: a program that checks answers should be run as a snippet of its own, never inside the one it checks.
-//! On a kernel without Landlock the layers below still stand, and a warning is logged.
+//! The attacker is the snippet. What is promised against it, what is not, and how the [`Tier`]s differ is told in
+//! `deploy/docs/sandbox.md`, for those who run it; the tests in `tests/` hold it to that.
 //!
 //! # Sessions
 //!
@@ -43,11 +25,12 @@
 //!
 //! # Layers
 //!
-//! `pool` (slots, zygotes, retries) → `supervise` (one snippet: time, memory, output) or `sessions` (which session) +
-//! `session` (one turn) → `zygote` + `protocol` (the warm process and its messages) → `spawn` + `jail` (namespaces, file
-//! system, user) → `python/zygote.py` (forks) → `python/isolation.py` (namespaces, limits, Landlock, `seccomp`'s programs)
-//! → `python/script.py` (the code), in a session by way of `python/session.py`. `probe` names the [`Tier`]; a node with
-//! none is refused.
+//! `probe` (which tiers a node offers) → `pool` (slots, zygotes, retries) → `supervise` (one snippet: time, memory, output)
+//! or `sessions` (which session) + `session` (one turn) → `zygote` + `protocol` (the warm process and its messages) → `spawn`
+//! with `jail` (namespaces, file system, user) or `home` (a directory, where there are no namespaces) → `python/zygote.py`
+//! (forks; without namespaces below `python/warden.py`) → `python/place.py` (where a snippet runs) and `python/isolation.py`
+//! (limits, Landlock, `seccomp`'s program) → `python/script.py` (the code), in a session by way of `python/session.py`.
+//! `python/leftovers.py` ends what is left.
 
 mod capture;
 mod error;

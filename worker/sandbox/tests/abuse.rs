@@ -224,7 +224,7 @@ fn judge(case: &Case, outcome: &Outcome, seconds: f64) -> Result<(), String> {
 /// The zygote is process 1 of its pid namespace: every orphan of a snippet would be found below it.
 fn nothing_is_left(sandbox: Sandbox) {
     let me = std::process::id();
-    for zygote in common::children(me).into_iter().map(|child| common::zygote_of(child)) {
+    for zygote in common::children(me).into_iter().map(common::zygote_of) {
         assert_eq!(common::at_work(zygote), [0_u32; 0], "an orphan or a zombie is left");
     }
     drop(sandbox);
