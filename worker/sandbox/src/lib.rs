@@ -25,7 +25,7 @@
 //!
 //! # Layers
 //!
-//! `probe` (which tiers a node offers) → `pool` (slots, zygotes, retries) → `supervise` (one snippet: time, memory, output)
+//! `probe` (which tiers a node offers) → `pool` (slots, zygotes, retries; `cgroup`, where one is delegated) → `supervise` (one snippet: time, memory, output)
 //! or `sessions` (which session) + `session` (one turn) → `zygote` + `protocol` (the warm process and its messages) → `spawn`
 //! with `jail` (namespaces, file system, user) or `home` (a directory, where there are no namespaces) → `python/zygote.py`
 //! (forks; without namespaces below `python/warden.py`) → `python/place.py` (where a snippet runs) and `python/isolation.py`
@@ -33,6 +33,7 @@
 //! `python/leftovers.py` ends what is left.
 
 mod capture;
+mod cgroup;
 mod error;
 mod home;
 mod interpreter;

@@ -9,6 +9,7 @@ use std::ffi::CString;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use crate::cgroup::Cgroup;
 use crate::error::SandboxError;
 use crate::interpreter::Interpreter;
 use crate::jail;
@@ -51,6 +52,8 @@ pub struct Sandbox {
     /// Dropped before the zygotes that they came from.
     sessions: Sessions<Session>,
     places: Vec<Mutex<Place>>,
+    /// Removed when everything in it has ended.
+    _cgroup: Option<Arc<Cgroup>>,
 }
 
 /// The end of a session's turn.
@@ -105,9 +108,12 @@ impl Sandbox {
     }
 
     fn start_on(tier: Tier, config: SandboxConfig, interpreter: &Interpreter) -> Result<Self, SandboxError> {
-        let places = (0..config.slots.div_ceil(SLOTS_PER_ZYGOTE))
+        let zygotes = config.slots.div_ceil(SLOTS_PER_ZYGOTE);
+        let cgroup = Cgroup::for_pool(&config, zygotes).map(Arc::new);
+        let places = (0..zygotes)
             .map(|index| {
-                let recipe = recipe(&config, interpreter, tier, index)?;
+                let mut recipe = recipe(&config, interpreter, tier, index)?;
+                recipe.cgroup.clone_from(&cgroup);
                 Ok(Mutex::new(Place { recipe: Arc::new(recipe), zygote: None }))
             })
             .collect::<Result<Vec<_>, SandboxError>>()?;
@@ -117,6 +123,7 @@ impl Sandbox {
             config,
             tier,
             places,
+            _cgroup: cgroup,
         };
         let started = Instant::now();
         let landlock = sandbox.prove()?;
@@ -348,6 +355,7 @@ fn recipe(
         tier,
         uid,
         gid,
+        cgroup: None,
         slots: u32::try_from(config.slots).unwrap_or(u32::MAX),
         steps: if in_jail { jail::plan(interpreter, uid, gid)? } else { Vec::new() },
         programs,

@@ -15,6 +15,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -25,6 +26,7 @@ use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
 use rustix::thread::{Gid, Uid};
 
+use crate::cgroup::Cgroup;
 use crate::error::{SandboxError, system};
 use crate::home::Home;
 use crate::jail::Step;
@@ -37,6 +39,8 @@ pub(crate) struct Recipe {
     /// Who the zygote is: on the root tier a user of nobody's, otherwise the caller.
     pub(crate) uid: u32,
     pub(crate) gid: u32,
+    /// Limits the whole pool.
+    pub(crate) cgroup: Option<Arc<Cgroup>>,
     /// Snippets of the pool that may run at once, as the same user if there are no namespaces.
     pub(crate) slots: u32,
     pub(crate) steps: Vec<Step>,
@@ -152,6 +156,11 @@ pub(crate) fn spawn(recipe: &Recipe) -> Result<Spawned, SandboxError> {
     let mut spawned = Spawned { pidfd, socket, home: None, log };
     wait_for_exec(recipe, &report_end, pid)?;
     spawned.home = home.map(Home::leave_to_warden);
+    if let Some(cgroup) = &recipe.cgroup
+        && let Err(error) = cgroup.add(pid.as_raw_nonzero().get())
+    {
+        tracing::warn!(%error, "sandbox: a zygote runs outside of the pool's cgroup; its other limits stand");
+    }
     Ok(spawned)
 }
 
