@@ -52,8 +52,9 @@ bench-sandbox: build ## Measure the sandbox beside a plain interpreter, bubblewr
 	cargo build --release --locked -p agentfly-sandbox --example bench
 	python3 deploy/bench/bench_sandbox.py
 
-soak-sandbox: setup ## SNIPPETS=20000 snippets of every kind, and nothing may be left of them (minutes)
-	cargo run --release --locked -q -p agentfly-sandbox --example soak $(or $(SNIPPETS),20000)
+soak-sandbox: setup ## SNIPPETS=20000 of every kind, on TIER=landlock or the strongest: nothing may be left of them (minutes)
+	cargo run --release --locked -q -p agentfly-sandbox --example soak $(or $(SNIPPETS),20000) \
+	  third_party/sandbox-venv/bin/python $(TIER)
 
 bench-setup: ## Install the peers that bench-engine measures: transformers, TRL, vLLM (12 GB, once)
 	@deploy/bench/setup.sh

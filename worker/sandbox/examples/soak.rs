@@ -1,6 +1,6 @@
 //! Many thousand snippets of every kind, and then a look at what is left: `make soak-sandbox`.
 //!
-//! `cargo run --release -p agentfly-sandbox --example soak [snippets] [path/to/python]`. Four callers run programs that end well,
+//! `cargo run --release -p agentfly-sandbox --example soak [snippets] [path/to/python] [tier]`. Four callers run programs that end well,
 //! fail, crash, fork, loop, fill memory or print without end, and turns of sessions, some of which are ended and some
 //! dropped for room; now and then a zygote is killed. Fails if a process or a zombie is left, if descriptors or mounts pile
 //! up, or if memory grows.
@@ -28,7 +28,7 @@ const PROGRAMS: &[(&str, &[Status])] = &[
         &[Status::Ok],
     ),
     ("import subprocess\nsubprocess.Popen(['/bin/sleep', '60'], start_new_session=True)", &[Status::Ok]),
-    ("open('/tmp/f', 'wb').write(b'x' * (1 << 20))", &[Status::Ok]),
+    ("open('f', 'wb').write(b'x' * (1 << 20))", &[Status::Ok]),
     (
         "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
         &[Status::Ok],
@@ -61,6 +61,7 @@ fn main() -> Result<ExitCode, SandboxError> {
     let python = std::env::args().nth(2).unwrap_or_else(|| "third_party/sandbox-venv/bin/python".into());
     let mounts = look().mounts;
     let config = SandboxConfig {
+        tier: std::env::args().nth(3).map(|tier| tier.parse()).transpose()?,
         slots: 4,
         idle_sessions: 4,
         preload: vec!["numpy".into()],

@@ -35,6 +35,7 @@
 mod capture;
 mod cgroup;
 mod error;
+mod files;
 mod home;
 mod interpreter;
 mod jail;

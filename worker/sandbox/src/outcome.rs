@@ -17,7 +17,8 @@ pub enum Status {
     Timeout,
     /// The memory limit of its process tree ended it.
     Memory,
-    /// SIGKILL that the sandbox did not send: the node's own out-of-memory killer, or an operator.
+    /// SIGKILL for another reason: the node's own out-of-memory killer, an operator; or, in a session without namespaces, too
+    /// many tasks.
     Killed,
     /// It wrote more than the output limit and was ended.
     OutputLimit,

@@ -245,7 +245,9 @@ impl Sandbox {
             return Ok(Arc::clone(zygote));
         }
         let fresh = Arc::new(Zygote::start(Arc::clone(&place.recipe))?);
-        place.zygote = Some(Arc::clone(&fresh));
+        let old = place.zygote.replace(Arc::clone(&fresh));
+        drop(place);
+        drop(old); // waits for its end, which is not for others to wait for
         Ok(fresh)
     }
 

@@ -88,7 +88,8 @@ impl Session {
         let descriptors = [code.as_fd(), stdout.as_fd(), stderr.as_fd()];
         Order::Turn { echo }.send(self.socket.as_fd(), &descriptors).map_err(|_| Gone)?;
         drop((stdout, stderr, code));
-        let mut watcher = self.zygote.watcher(self.process_id, limits);
+        let tasks = limits.tasks.saturating_add(OWN_TASKS);
+        let mut watcher = self.zygote.session_watcher(self.process_id, limits, tasks);
         let kill = || {
             // It may have ended just now; one that does not answer is killed as a whole below.
             let _ = Order::EndTurn.send(self.socket.as_fd(), &[]);

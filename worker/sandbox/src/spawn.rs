@@ -1,4 +1,4 @@
-//! Clones a process into new namespaces, turns it into the jailed zygote and executes Python there.
+//! Clones a process, into new namespaces where there are any, turns it into the jailed zygote and executes Python there.
 //!
 //! Called by a zygote's keeper thread, which must outlive the zygote: the kernel sends the parent-death signal when
 //! that *thread* ends, and it is what ends the zygote (and with its pid namespace every snippet) even if the owner is
@@ -36,7 +36,7 @@ use crate::probe::Tier;
 #[derive(Debug)]
 pub(crate) struct Recipe {
     pub(crate) tier: Tier,
-    /// Who the zygote is: on the root tier a user of nobody's, otherwise the caller.
+    /// Who the zygote is: a user of nobody's if root starts it, otherwise the caller.
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     /// Limits the whole pool.
@@ -94,9 +94,14 @@ impl Spawned {
             let _ = rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, Some(&WARDEN_DEADLINE)));
         }
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
-        let _ = rustix::io::retry_on_intr(|| {
-            rustix::process::waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED)
-        });
+        let mut polled = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        let ended = rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, Some(&KILL_DEADLINE)));
+        if ended == Ok(0) {
+            tracing::error!(process = ?self.pidfd, "sandbox: a killed zygote does not end, and is left; does a file system hang?");
+        }
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        let _ =
+            rustix::io::retry_on_intr(|| rustix::process::waitid(WaitId::PidFd(self.pidfd.as_fd()), options));
     }
 }
 
@@ -137,6 +142,7 @@ const FIRST_STAGE: u32 = 1 << 16;
 /// Building a jail takes about a millisecond; a file system that does not answer must not hang the caller.
 const BUILD_DEADLINE: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
 /// Ending the snippets of four slots, and removing their files, takes milliseconds.
+const KILL_DEADLINE: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
 const WARDEN_DEADLINE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
 /// Makes a zygote. The calling thread must live as long as the zygote.

@@ -1,7 +1,7 @@
 //! Runs one snippet on a zygote and watches it from outside: time, memory, output, end.
 //!
 //! Called by the pool with a slot held. Everything that ends a snippet is decided here or in the kernel; whatever the
-//! snippet does, this function returns, at the latest its wall limit and [`END_DEADLINE`] after the start.
+//! snippet does, this function returns: at the latest after [`SPAWN_DEADLINE`], its wall limit and twice [`END_DEADLINE`].
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -16,7 +16,7 @@ use crate::capture::Capture;
 use crate::error::{SandboxError, system};
 use crate::limits::Limits;
 use crate::outcome::{Outcome, Status, text_of};
-use crate::protocol::{ECHO, Reply, Request};
+use crate::protocol::{ECHO, Reply, Request, SESSION};
 use crate::spawn::memory_file;
 use crate::usage::Watcher;
 use crate::zygote::{Event, Zygote};
@@ -90,7 +90,7 @@ pub(crate) fn sealed(code: &str) -> Result<fs::File, SandboxError> {
 pub(crate) fn request(zygote: &Zygote, limits: &Limits, seed: u64, flags: u32) -> Request {
     Request {
         call: 0,
-        tasks: zygote.kernel_task_limit(limits.tasks),
+        tasks: zygote.kernel_task_limit(limits.tasks, flags & SESSION != 0),
         seed,
         memory_bytes: limits.memory_bytes,
         cpu_seconds: kernel_cpu_seconds(limits),

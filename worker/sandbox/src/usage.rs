@@ -7,18 +7,14 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::files::Files;
 use crate::limits::Limits;
 use crate::outcome::Status;
 
-/// Entries of a directory, as the inodes of the tmpfs that a snippet has elsewhere.
-const MOST_FILES: usize = 4096;
-/// The unit of `st_blocks`.
-const BLOCK_BYTES: u64 = 512;
 /// More processes than any task limit allows to look at in one sample.
 const MOST_PROCESSES: usize = 8192;
 
@@ -31,8 +27,12 @@ pub(crate) struct Watcher {
     image_bytes: u64,
     /// Its files, where no file system of its own limits them.
     files: Option<Files>,
+    /// Tasks that it may have, where the kernel's limit is for more than this tree.
+    most_tasks: Option<u32>,
     /// CPU time that the tree had used before: by the earlier turns of a session.
     used_before: Duration,
+    /// The own CPU time of every process seen, by number and start.
+    seen: BTreeMap<(i32, u64), Duration>,
     /// Most memory seen, in bytes, without the pages of the warm image.
     pub(crate) peak_bytes: u64,
     /// The files were too many or too much. What follows on them would be so, too.
@@ -44,17 +44,25 @@ impl Watcher {
     pub(crate) fn new(root: i32, limits: &Limits, image_bytes: u64, directory: Option<PathBuf>) -> Self {
         let (memory_limit_bytes, cpu_limit) = (limits.memory_bytes, limits.cpu);
         let used_before = tree(root).into_iter().map(cpu_time).sum();
-        let files = directory.map(|directory| Files { directory, limit_bytes: limits.tmp_bytes });
+        let files = directory.map(|directory| Files::new(directory, limits.tmp_bytes));
         Self {
             root,
             memory_limit_bytes,
             cpu_limit,
             image_bytes,
             files,
+            most_tasks: None,
             used_before,
+            seen: BTreeMap::new(),
             peak_bytes: 0,
             files_over_limit: false,
         }
+    }
+
+    /// Ends it also for more than so many processes and threads.
+    pub(crate) fn with_most_tasks(mut self, tasks: u32) -> Self {
+        self.most_tasks = Some(tasks);
+        self
     }
 
     /// Takes one sample. Returns the limit that the tree is over, if it is.
@@ -66,57 +74,26 @@ impl Watcher {
         if resident.iter().sum::<u64>() > self.memory_limit_bytes {
             let proportional = processes
                 .iter()
-                .map(|process| sum_of(&format!("/proc/{process}/smaps_rollup"), &["Pss_Anon:", "Pss_Shmem:"]))
+                .map(|process| {
+                    sum_of(&format!("/proc/{process}/smaps_rollup"), &["Pss_Anon:", "Pss_Shmem:", "SwapPss:"])
+                })
                 .sum::<u64>();
             if proportional > self.memory_limit_bytes {
                 self.peak_bytes = self.peak_bytes.max(proportional);
                 return Some(Status::Memory);
             }
         }
-        self.files_over_limit = self.files.as_ref().is_some_and(|files| files.over_limit(&processes));
+        let tasks = |process: &i32| fs::read_dir(format!("/proc/{process}/task")).map_or(0, Iterator::count);
+        if let Some(most) = self.most_tasks
+            && processes.iter().map(tasks).sum::<usize>() > most as usize
+        {
+            return Some(Status::Killed);
+        }
+        self.files_over_limit = self.files.as_mut().is_some_and(|files| files.over_limit(&processes));
         if self.files_over_limit {
             return Some(Status::Memory);
         }
-        let cpu: Duration = processes.iter().map(|process| cpu_time(*process)).sum();
-        (cpu.saturating_sub(self.used_before) > self.cpu_limit).then_some(Status::Timeout)
-    }
-}
-
-/// The directory of a snippet that has no `/tmp` of its own.
-struct Files {
-    directory: PathBuf,
-    limit_bytes: u64,
-}
-
-impl Files {
-    /// Whether it holds too many files or too much, with those that have no name any more but are open.
-    fn over_limit(&self, processes: &[i32]) -> bool {
-        let (mut bytes, mut count, mut pending) = (0_u64, 0, vec![self.directory.clone()]);
-        while let Some(directory) = pending.pop() {
-            let entries = match fs::read_dir(&directory) {
-                Ok(entries) => entries,
-                // It has just gone; or its owner has closed it to whoever counts.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(_) => return true,
-            };
-            for entry in entries.flatten() {
-                count += 1;
-                if count > MOST_FILES {
-                    return true;
-                }
-                let Ok(found) = entry.metadata() else { continue };
-                bytes = bytes.saturating_add(found.blocks() * BLOCK_BYTES);
-                if found.is_dir() {
-                    pending.push(entry.path());
-                }
-            }
-        }
-        let open = processes.iter().flat_map(|process| fs::read_dir(format!("/proc/{process}/fd")));
-        let nameless = open.flatten().flatten().filter_map(|entry| fs::metadata(entry.path()).ok());
-        let nameless = nameless.filter(|found| found.is_file() && found.nlink() == 0);
-        let distinct: BTreeMap<_, _> =
-            nameless.map(|found| ((found.dev(), found.ino()), found.blocks() * BLOCK_BYTES)).collect();
-        bytes.saturating_add(distinct.into_values().sum()) > self.limit_bytes
+        (self.cpu_time(&processes) > self.cpu_limit).then_some(Status::Timeout)
     }
 }
 
@@ -135,27 +112,62 @@ pub(crate) fn tasks_of(uid: u32) -> u32 {
     threads.sum()
 }
 
+impl Watcher {
+    /// CPU time since the beginning: that of the processes and of those they have reaped; or, where that is more, of every
+    /// process that a sample has seen, for one whose parent ignores its end is in no other's account.
+    fn cpu_time(&mut self, processes: &[i32]) -> Duration {
+        let mut reaped = Duration::ZERO;
+        for (process, times) in processes.iter().filter_map(|process| Some((process, times_of(*process)?))) {
+            reaped += times.own + times.of_children;
+            let seen = self.seen.entry((*process, times.started)).or_default();
+            *seen = times.own.max(*seen);
+        }
+        let seen: Duration = self.seen.values().sum();
+        reaped.max(seen).saturating_sub(self.used_before)
+    }
+}
+
 /// Memory of a tree beyond the image that each of its processes began with, in bytes; what they share is counted in each.
 pub(crate) fn resident(root: i32, image_bytes: u64) -> u64 {
     tree(root).into_iter().map(|process| anonymous(process).saturating_sub(image_bytes)).sum()
 }
 
 fn anonymous(process: i32) -> u64 {
-    sum_of(&format!("/proc/{process}/status"), &["RssAnon:", "RssShmem:"])
+    sum_of(&format!("/proc/{process}/status"), &["RssAnon:", "RssShmem:", "VmSwap:"])
+}
+
+/// CPU times of a process.
+#[derive(Debug, Clone, Copy)]
+struct Times {
+    own: Duration,
+    /// Of the children that it has reaped.
+    of_children: Duration,
+    /// When it was started, in ticks: with its number this is a process and no later one.
+    started: u64,
+}
+
+/// `None` for a process that has just ended.
+fn times_of(process: i32) -> Option<Times> {
+    let text = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The second field is the program's name, which may hold spaces and brackets.
+    let fields: Vec<u64> =
+        text.rsplit_once(')')?.1.split_whitespace().map(|field| field.parse().unwrap_or(0)).collect();
+    // Field 3 is the first here; times are fields 14 to 17, the start is field 22.
+    let per_second = rustix::param::clock_ticks_per_second().max(1);
+    let time = |at: usize| {
+        let ticks = fields.get(at)? + fields.get(at + 1)?;
+        Some(Duration::from_millis(ticks.saturating_mul(1000) / per_second))
+    };
+    Some(Times { own: time(11)?, of_children: time(13)?, started: *fields.get(19)? })
 }
 
 /// CPU time of a process and of the children that it has reaped; zero for a process that has just ended.
 fn cpu_time(process: i32) -> Duration {
-    let text = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-    // The second field is the program's name, which may hold spaces and brackets; times are fields 14 to 17.
-    let fields =
-        text.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().skip(11).take(4)).into_iter().flatten();
-    let ticks: u64 = fields.filter_map(|field| field.parse::<u64>().ok()).sum();
-    let per_second = rustix::param::clock_ticks_per_second().max(1);
-    Duration::from_millis(ticks.saturating_mul(1000) / per_second)
+    times_of(process).map_or(Duration::ZERO, |times| times.own + times.of_children)
 }
 
-/// A process and all its descendants. Orphans are not lost: the snippet is process 1 of its namespace and inherits them.
+/// A process and all its descendants. Orphans are not lost: the snippet's first process inherits them, as the first of its pid
+/// namespace or as a subreaper.
 fn tree(root: i32) -> Vec<i32> {
     let mut found = vec![root];
     let mut next = 0;
@@ -219,37 +231,15 @@ mod tests {
     }
 
     #[test]
-    fn files_count_with_and_without_a_name_and_one_that_hides_from_the_count_is_too_much() {
-        let directory = tempfile::tempdir().expect("temporary directory");
-        let files = Files { directory: directory.path().to_owned(), limit_bytes: 3 << 20 };
-        let me = [std::process::id().cast_signed()];
-        let below = directory.path().join("a/b");
-        fs::create_dir_all(&below).expect("directory");
-        fs::write(below.join("named"), vec![1; 2 << 20]).expect("written");
-        assert!(!files.over_limit(&me));
-        fs::write(below.join("nameless"), vec![1; 2 << 20]).expect("written");
-        assert!(files.over_limit(&me));
-        let held = fs::File::open(below.join("nameless")).expect("opens");
-        fs::remove_file(below.join("nameless")).expect("removed");
-        assert!(files.over_limit(&me), "it is open and still takes its place");
-        drop(held);
-        assert!(!files.over_limit(&me));
-        for name in 0..MOST_FILES {
-            fs::write(below.join(name.to_string()), b"").expect("written");
-        }
-        assert!(files.over_limit(&me), "empty files are limited, too");
-    }
-
-    #[test]
     fn the_tasks_of_a_user_include_this_one_s_threads() {
         let me = rustix::process::geteuid().as_raw();
-        let (open, wait) = std::sync::mpsc::channel::<()>();
-        let before = tasks_of(me);
-        assert!(before >= 1);
+        let (opens, waits): (Vec<_>, Vec<_>) = (0..50).map(|_| std::sync::mpsc::channel::<()>()).unzip();
         std::thread::scope(|scope| {
-            scope.spawn(move || wait.recv());
-            assert!(tasks_of(me) >= 2);
-            drop(open);
+            for wait in waits {
+                scope.spawn(move || wait.recv());
+            }
+            assert!(tasks_of(me) > 50, "those of one process already");
+            drop(opens);
         });
         assert_eq!(tasks_of(4_000_000_000), 0);
     }

@@ -26,6 +26,9 @@ const READY_DEADLINE: Timespec = Timespec { tv_sec: 120, tv_nsec: 0 };
 /// The keeper answers within the deadlines of its own steps; this one is beyond their sum.
 const START_DEADLINE: Duration = Duration::from_secs(150);
 
+/// Tasks that a user may have more than when a session began.
+const SESSION_TASK_SLACK: u32 = 1024;
+
 /// A reply, with the process's descriptor if it is the first.
 pub(crate) type Event = (Reply, Option<OwnedFd>);
 /// A call gets three events at most: spawned, fault, exited.
@@ -132,14 +135,22 @@ impl Zygote {
     }
 
     /// The kernel's limit for a snippet that may have so many tasks. It counts a user's by user namespace. Without one of a
-    /// snippet's own those that the user has now come on top, and what the pool's other snippets may still make: one that
-    /// makes many must not take the others' away.
-    pub(crate) fn kernel_task_limit(&self, tasks: u32) -> u32 {
+    /// snippet's own those that the user has now come on top, and what the pool's other snippets may still make, so that a
+    /// snippet finds its own share free, though it may take theirs; and for a session, which lives long, what else the user
+    /// may come to have meanwhile.
+    pub(crate) fn kernel_task_limit(&self, tasks: u32, session: bool) -> u32 {
         let Some((uid, slots)) = self.crowd else { return tasks };
-        usage::tasks_of(uid).saturating_add(tasks.saturating_mul(slots))
+        let to_come = if session { SESSION_TASK_SLACK } else { 0 };
+        usage::tasks_of(uid).saturating_add(tasks.saturating_mul(slots)).saturating_add(to_come)
     }
 
-    /// Watches a snippet or a session of this zygote by its first process.
+    /// Watches a session of this zygote by its first process. `tasks` are those that it may have, its own two among them.
+    pub(crate) fn session_watcher(&self, process_id: i32, limits: &Limits, tasks: u32) -> Watcher {
+        let watcher = self.watcher(process_id, limits);
+        if self.crowd.is_some() { watcher.with_most_tasks(tasks) } else { watcher }
+    }
+
+    /// Watches a snippet of this zygote by its first process.
     pub(crate) fn watcher(&self, process_id: i32, limits: &Limits) -> Watcher {
         let directory = self.process.home.as_ref().map(|home| home.join(process_id.to_string()));
         Watcher::new(process_id, limits, self.image_bytes, directory)

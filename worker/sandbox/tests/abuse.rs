@@ -91,7 +91,7 @@ fn finish(command: &mut std::process::Command) -> String {
 }
 
 #[test]
-#[ignore = "run by the two tests above, in a process with secrets in its environment"]
+#[ignore = "run by the tests above, in processes with secrets in their environment"]
 fn attack() {
     assert_eq!(std::env::var("WANDB_API_KEY").as_deref(), Ok(CANARY), "there must be a secret to steal");
     // Another test process may hold the same names: then its listener is the one to be reached.

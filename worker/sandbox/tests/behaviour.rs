@@ -191,6 +191,23 @@ fn numpy_random_is_there_however_it_is_asked_for_and_seeded() {
 }
 
 #[test]
+fn a_look_for_numpy_random_does_not_lose_its_seed() {
+    let look = "import importlib.util, numpy as np\nimportlib.util.find_spec('numpy.random')\nprint(np.random.rand())";
+    assert_eq!(run(look).stdout, run("import numpy as np\nprint(np.random.rand())").stdout);
+}
+
+#[test]
+fn the_time_of_children_whose_end_is_ignored_counts() {
+    let code = "import os, signal, time\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nwhile True:\n    \
+                if os.fork() == 0:\n        began = time.process_time()\n        \
+                while time.process_time() < began + 0.3: pass\n        os._exit(0)\n    time.sleep(0.3)";
+    let limits = Limits { wall: Duration::from_secs(20), cpu: Duration::from_secs(1), ..Limits::default() };
+    let outcome = limited(code, limits);
+    assert_eq!(outcome.status, Status::Timeout, "{outcome:?}");
+    assert!(outcome.seconds < 15.0, "the CPU limit ends it, not the clock: {outcome:?}");
+}
+
+#[test]
 fn each_snippet_has_the_limits_that_it_was_given_and_no_earlier_one_s() {
     let files = |limits: Limits| {
         let code = "import resource\nprint(resource.getrlimit(resource.RLIMIT_NOFILE)[0])";

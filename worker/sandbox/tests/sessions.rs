@@ -183,6 +183,35 @@ fn code_that_lies_to_the_session_hurts_only_itself() {
 }
 
 #[test]
+fn a_stopped_head_cannot_arrange_to_go_on() {
+    let name = "alarm";
+    said(name, "import ctypes, os, signal, time\nlibc = ctypes.CDLL(None, use_errno=True)\nwoken = []");
+    for (what, code) in [
+        (
+            "a child whose end is told by SIGCONT",
+            "r = libc.syscall(56, signal.SIGCONT, 0, 0, 0, 0)\nif r == 0: time.sleep(60)",
+        ),
+        (
+            "a timer",
+            "t = ctypes.c_int()\nev = (ctypes.c_int * 16)(0, 0, signal.SIGCONT)\nr = libc.timer_create(1, ev, ctypes.byref(t))",
+        ),
+        (
+            "a signal",
+            "child = os.fork()\nif child == 0:\n    try: os.kill(os.getppid(), signal.SIGCONT)\n    \
+                      except PermissionError: os._exit(7)\n    os._exit(0)\n\
+                      r = -1 if os.waitpid(child, 0)[1] >> 8 == 7 else 0",
+        ),
+        ("the parent's end", "r = libc.prctl(1, signal.SIGCONT, 0, 0, 0)"),
+    ] {
+        if what.starts_with("a child") && cfg!(not(target_arch = "x86_64")) {
+            continue; // another number
+        }
+        assert_eq!(said(name, &format!("{code}\nprint(r)")), "-1\n", "{what}");
+    }
+    sandbox().end_session(name);
+}
+
+#[test]
 fn whatever_a_head_says_no_other_session_hears_it() {
     said("bystander", "x = [1]");
     for seed in 0..12 {

@@ -80,7 +80,7 @@ def read_programs():
 class Landlock:
     """File, network and signal rights, as far as this kernel's Landlock goes."""
 
-    EXECUTE, WRITE, READ, LIST, TRUNCATE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 14
+    EXECUTE, WRITE, READ, LIST, REFER, TRUNCATE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 13, 1 << 14
     PROGRAM = EXECUTE | READ
     READ_ONLY = PROGRAM | LIST
     DEVICE = WRITE | READ | TRUNCATE
@@ -91,7 +91,7 @@ class Landlock:
         self.version = syscall(LANDLOCK_CREATE, None, 0, 1)  # below 1: absent or switched off
         # Rights that version 1 knows, then refer, truncate and ioctl on devices.
         self.files = (1 << 13) - 1
-        for version, right in ((2, 1 << 13), (3, self.TRUNCATE), (5, 1 << 15)):
+        for version, right in ((2, self.REFER), (3, self.TRUNCATE), (5, 1 << 15)):
             if self.version >= version:
                 self.files |= right
 
@@ -160,7 +160,7 @@ def isolate(place, request, address_bytes, landlock):
         (resource.RLIMIT_FSIZE, file_bytes),
         (resource.RLIMIT_AS, address_bytes + memory + ADDRESS_SLACK),
         (resource.RLIMIT_STACK, 8 * MIB),
-        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CORE, 1),  # not 0: with that a core is still piped to a program of the node's
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
         (resource.RLIMIT_SIGPENDING, 256),

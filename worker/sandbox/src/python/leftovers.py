@@ -7,6 +7,9 @@ a signal to a group reaches all of it at once, whatever it forks meanwhile: so n
 import os
 import signal
 
+# What the name of a directory begins with that nobody uses any more.
+GONE = "gone-"
+
 
 def end_group(group):
     """Kills every process of a group."""
@@ -44,21 +47,29 @@ def end_strays(known=()):
             reap_group(group)
 
 
+def remove_gone(home):
+    """Removes the directories in it that nobody uses any more; what cannot be removed stays for the next time."""
+    for name in os.listdir(home):
+        if name.startswith(GONE):
+            try:
+                remove(f"{home}/{name}")
+            except OSError:
+                pass
+
+
 def remove(path):
     """Removes a directory, whatever is in it: any depth, any mode. Nobody else may be writing to it."""
-    aside = f"{path}.removed"
-    os.mkdir(aside)
     moved, pending = 0, [path]
     while pending:
         directory = pending.pop()
-        for entry in list(os.scandir(directory)):
+        for entry in sorted(os.scandir(directory), key=lambda entry: entry.is_dir(follow_symlinks=False)):
             if entry.is_dir(follow_symlinks=False):
-                # Out of its parent before it is looked into: so no path gets long, and no name of its own meets another.
+                # Out of its parent before it is looked into: so no path gets long. By now there are no files any more, so that
+                # there is room for its name.
                 os.chmod(entry.path, 0o700)
                 moved += 1
-                os.rename(entry.path, f"{aside}/{moved}")
-                pending.append(f"{aside}/{moved}")
+                os.rename(entry.path, f"{path}.{moved}")
+                pending.append(f"{path}.{moved}")
             else:
                 os.unlink(entry.path)
         os.rmdir(directory)
-    os.rmdir(aside)

@@ -11,12 +11,15 @@ import isolation
 import leftovers
 
 SHM_BYTES = 16 * isolation.MIB
+# Not zero: mapped for writing it is shared memory that is counted for nobody.
+WRITABLE_DEVICES = ("null", "full")
 
 
 class Namespaces:
     """The zygote is in a jail, and each of its children gets namespaces in it: what they leave ends with those."""
 
     flags = isolation.NEW_NAMESPACES
+    prepares = True
 
     def __init__(self):
         self.ids = os.getuid(), os.getgid()  # in a new namespace nobody has one
@@ -42,7 +45,7 @@ class Namespaces:
         yield "/", isolation.Landlock.READ_ONLY
         yield "/tmp", isolation.Landlock.ALL
         yield "/dev/shm", isolation.Landlock.ALL_BUT_EXECUTE
-        for name in ("null", "zero", "full"):
+        for name in WRITABLE_DEVICES:
             yield f"/dev/{name}", isolation.Landlock.DEVICE
 
     def reap(self, process, known):
@@ -58,9 +61,12 @@ class Directory:
     """
 
     flags = 0
+    # The limit of tasks, and so what to prepare for, changes from request to request.
+    prepares = False
 
-    def __init__(self, home, readable):
-        self.home, self.readable = home, readable
+    def __init__(self, home, readable, warden):
+        self.home, self.readable, self.warden = home, readable, warden
+        self.removed = 0
         self.zygote = os.getpid()
         self.own = None
 
@@ -87,11 +93,12 @@ class Directory:
         """Landlock's rules. A session's first process, which runs no code of it, sees how much memory its heads take."""
         for path in self.readable:
             yield path, isolation.Landlock.READ_ONLY if os.path.isdir(path) else isolation.Landlock.PROGRAM
-        for name in ("null", "zero", "full"):
+        for name in WRITABLE_DEVICES:
             yield f"/dev/{name}", isolation.Landlock.DEVICE
-        for name in ("random", "urandom"):
+        for name in ("zero", "random", "urandom"):
             yield f"/dev/{name}", isolation.Landlock.READ
-        yield self.own, isolation.Landlock.ALL
+        # Nothing moves from one directory to another, unseen by whoever counts what is in them.
+        yield self.own, isolation.Landlock.ALL & ~isolation.Landlock.REFER
         if of_first_process:
             yield "/proc", isolation.Landlock.READ
 
@@ -101,7 +108,11 @@ class Directory:
         _, status, used = os.wait4(process, 0)
         leftovers.reap_group(process)
         leftovers.end_strays(known)  # a session's processes are in groups of their own
-        own = f"{self.home}/{process}"
-        if os.path.isdir(own):
-            leftovers.remove(own)
+        try:
+            # Removing much takes time, and may fail: that is the warden's to do, which has nothing else to.
+            os.rename(f"{self.home}/{process}", f"{self.home}/{leftovers.GONE}{process}-{self.removed}")
+            self.removed += 1
+            self.warden.send(b"r")
+        except OSError:
+            pass  # it had not come to have one; or it stays until the warden removes all
         return status, used

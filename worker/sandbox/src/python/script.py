@@ -21,21 +21,34 @@ class NumpyRandom:
 
     def __init__(self):
         self.modules, self.seed = {}, 0
-        if self.NAME in sys.modules and int(sys.modules["numpy"].__version__.partition(".")[0]) >= 2:
+        if self.NAME in sys.modules and self.imports_itself() and not self.in_use():
             hidden = [name for name in sys.modules if f"{name}.".startswith(f"{self.NAME}.")]
             self.modules = {name: sys.modules.pop(name) for name in hidden}
             del sys.modules["numpy"].random
             sys.meta_path.insert(0, self)
 
+    @staticmethod
+    def imports_itself():
+        """Whether numpy imports it when it is asked for."""
+        return int(sys.modules["numpy"].__version__.partition(".")[0]) >= 2
+
+    def in_use(self):
+        """Whether a module that is loaded has imported it, or a function of its generator."""
+        module = sys.modules[self.NAME]
+        generator = module.mtrand._rand
+        others = [other for name, other in sys.modules.items() if name.partition(".")[0] != "numpy"]
+        values = [value for other in others for value in getattr(other, "__dict__", {}).values()]
+        return any(value is module or getattr(value, "__self__", None) is generator for value in values)
+
     def find_spec(self, name, path, target=None):
         """Part of the import system: asked for modules that are not in sys.modules."""
         if name != self.NAME:
             return None
-        sys.meta_path.remove(self)
         return importlib.machinery.ModuleSpec(name, self)
 
     def create_module(self, spec):
         """Brings back all of it. Part of the import system."""
+        sys.meta_path.remove(self)
         sys.modules.update(self.modules)
         module = self.modules[self.NAME]
         self.spec = module.__spec__

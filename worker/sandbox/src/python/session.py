@@ -37,6 +37,8 @@ CREDENTIALS = struct.Struct("3i")
 REAP_MILLISECONDS = 100
 # How long a head may take to stop, and what it made to end: to give back gigabytes takes a moment.
 STOP_SECONDS, END_SECONDS = 10, 2
+# How long a head waits for a task that it may make.
+FORK_SECONDS = 2
 
 
 class Lost(Exception):
@@ -118,7 +120,7 @@ class Keeper:
             self.reap()
             if ours.fileno() in ready:
                 kind, code, sender = note(ours)
-                if kind == STARTED and copy is None:
+                if kind == STARTED and copy is None and is_child(sender):
                     copy = sender
                     os.kill(self.head, signal.SIGSTOP)
                 elif kind == DONE and sender == copy:
@@ -199,6 +201,15 @@ def note(ours):
     return 0, 0, 0
 
 
+def is_child(process):
+    """Whether it is one of this process's, ended or not."""
+    try:
+        os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except (ChildProcessError, OverflowError):
+        return False
+    return True
+
+
 def peak(process):
     """The most memory it had resident, in bytes; 0 once it has ended."""
     try:
@@ -246,11 +257,15 @@ def waits_for(thread):
 
 
 def copy_of_this(clone):
-    """A sibling of this process with its memory; 0 in that. Where others of the same user have too many tasks, it waits."""
+    """A sibling of this process with its memory; 0 in that. Where others of the same user have too many tasks, it waits, and
+    in the end gives up, and with it the session."""
+    deadline = time.monotonic() + FORK_SECONDS
     while True:
         try:
             return isolation.fork(clone, isolation.CLONE_PARENT)[0]
         except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
             time.sleep(0.01)
 
 

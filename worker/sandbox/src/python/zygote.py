@@ -63,7 +63,7 @@ def limits_of(request):
 
 
 def wait_for_request(channel):
-    """What the zygote hands over. It holds the only other end: where that closes, the zygote has ended, and this with it."""
+    """What the zygote hands over. Where it closes its end, nothing will come."""
     message, descriptors, _, _ = socket.recv_fds(channel, 512, 8)
     if not message:
         os._exit(1)
@@ -101,8 +101,9 @@ class Zygote:
         self.events.register(CONTROL, select.EPOLLIN)
         if warden is not None:
             self.events.register(warden, select.EPOLLIN)
+            warden = warden.fileno()
         while True:
-            wanted = self.ready is None and self.repeated
+            wanted = self.place.prepares and self.ready is None and self.repeated
             found = self.events.poll(0 if wanted else None)
             if wanted and not found:
                 self.make_ready()
@@ -120,7 +121,9 @@ class Zygote:
         """A child has ended."""
         unused = self.ready is not None and handle == self.ready.handle
         if unused:
-            process, self.ready, self.repeated = self.ready.process, None, False
+            # Closed by this process it is to be replaced; ended by itself it was not able to isolate itself.
+            process, self.repeated = self.ready.process, self.repeated and self.ready.channel.fileno() < 0
+            self.ready = None
         else:
             process, call = self.children.pop(handle)
         self.events.unregister(handle)
@@ -155,7 +158,11 @@ class Zygote:
             return None
         limits = limits_of(request)
         self.repeated, self.last = limits == self.last, limits
-        if self.ready is None or self.ready.limits != limits:
+        if self.ready is None:
+            return None
+        if self.ready.limits != limits:
+            if self.repeated:
+                self.ready.channel.close()  # it ends, and one for these limits takes its place
             return None
         ready, self.ready = self.ready, None
         try:
@@ -170,7 +177,7 @@ class Zygote:
         """Forks a child for a request like the last two, so that the next one need not wait for its isolation."""
         channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            process, handle = self.fork(self.last, (), theirs)
+            process, handle = self.fork(self.last, (), (channel, theirs))
         except OSError:
             self.repeated = False  # the next request is told
         else:
@@ -178,7 +185,8 @@ class Zygote:
         theirs.close()
 
     def fork(self, request, descriptors, channel=None):
-        """A child for a request, or for one that will come through a channel. Returns (process, its descriptor)."""
+        """A child for a request, or for one that will come through a channel (both of its ends). Returns (process, its
+        descriptor)."""
         process, handle = isolation.fork(self.clone, self.place.flags | isolation.CLONE_PIDFD)
         if process == 0:
             self.be_child(request, descriptors, channel)
@@ -200,8 +208,10 @@ class Zygote:
             else:
                 isolation.forbid(self.of_snippet)
                 if channel is not None:
+                    of_zygote, own = channel
+                    of_zygote.close()
                     isolation.call_process("sandbox-ready")
-                    request, descriptors = wait_for_request(channel)
+                    request, descriptors = wait_for_request(own)
                 isolation.call_process("sandbox-snippet")
                 work = self.begin_snippet(request, descriptors)
         except BaseException as error:
@@ -272,9 +282,9 @@ def prepare(packages, modules):
 
 
 def main(arguments, warden=None):
-    """Becomes the zygote; with a warden, a descriptor that ends when it does. Never returns."""
+    """Becomes the zygote; with a warden, a socket whose other end is that one's. Never returns."""
     home, readable, clone, packages, *modules = arguments
-    where = place.Directory(home, readable.split(os.pathsep)) if home else place.Namespaces()
+    where = place.Directory(home, readable.split(os.pathsep), warden) if home else place.Namespaces()
     Zygote(int(clone), where, packages, modules).serve(warden)
 
 

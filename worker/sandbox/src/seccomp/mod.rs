@@ -62,13 +62,10 @@ enum Who {
 }
 
 fn list(arch: TargetArch, around: Around, who: Who) -> Result<List, SandboxError> {
-    // A sibling would be no descendant of the process whose descendants are watched. In a pid namespace that process is
-    // the first, which cannot have siblings.
-    let siblings = around == Around::Namespaces || who == Who::Head;
     // A snippet's pid namespace ends with it. Elsewhere its group is how its processes are found.
     let keeps_its_group = around != Around::Namespaces || who == Who::Head;
-    let named = table::named(arch == TargetArch::x86_64, around);
-    let by_argument = table::by_argument(around, siblings);
+    let named = table::named(arch == TargetArch::x86_64, around, who);
+    let by_argument = table::by_argument(around, who);
     let allow = |rules: &[Value]| json!({"mismatch_action": {"errno": libc::EPERM}, "match_action": "allow", "filter": rules});
     let except = |errno: i32, calls: &[&str]| {
         let calls: Vec<_> = calls.iter().map(|call| json!({"syscall": call})).collect();

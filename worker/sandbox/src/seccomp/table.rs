@@ -5,7 +5,7 @@
 
 use serde_json::{Value, json};
 
-use super::Around;
+use super::{Around, Who};
 
 /// Allowed with any arguments, everywhere.
 #[rustfmt::skip]
@@ -18,13 +18,13 @@ pub(super) const EVERYWHERE: &[&str] = &[
     "openat", "fstat", "newfstatat", "statx", "statfs", "fstatfs", "faccessat", "faccessat2", "getdents64", "getcwd",
     "chdir", "fchdir", "renameat", "renameat2", "mkdirat", "linkat", "unlinkat", "symlinkat", "readlinkat", "umask",
     // memory
-    "mmap", "munmap", "mprotect", "mremap", "msync", "mincore", "madvise", "brk", "membarrier",
+    "munmap", "mprotect", "mremap", "msync", "mincore", "madvise", "brk", "membarrier",
     // waiting
     "ppoll", "pselect6", "epoll_create1", "epoll_ctl", "epoll_pwait", "epoll_pwait2", "eventfd2", "signalfd4",
     "timerfd_create", "timerfd_settime", "timerfd_gettime", "futex", "nanosleep", "clock_nanosleep", "sched_yield",
     "restart_syscall",
     // pairs of local sockets (which: by_argument)
-    "getsockname", "getpeername", "setsockopt", "getsockopt", "shutdown", "recvfrom", "sendmsg", "recvmsg", "recvmmsg",
+    "getsockname", "getpeername", "getsockopt", "shutdown", "recvfrom", "recvmsg", "recvmmsg",
     // processes and threads (which clone: by_argument)
     "execve", "exit", "exit_group", "wait4", "waitid", "set_tid_address", "set_robust_list", "get_robust_list", "rseq",
     "getpid", "gettid", "getppid", "getpgid", "getsid", "sched_getaffinity", "sched_getparam", "sched_getscheduler",
@@ -32,7 +32,7 @@ pub(super) const EVERYWHERE: &[&str] = &[
     // signals that it gets
     "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "rt_sigpending", "rt_sigtimedwait", "rt_sigsuspend", "sigaltstack",
     // time
-    "gettimeofday", "times", "clock_gettime", "clock_getres", "getitimer", "setitimer", "timer_create",
+    "gettimeofday", "times", "clock_gettime", "clock_getres", "getitimer", "setitimer", 
     "timer_settime", "timer_gettime", "timer_getoverrun", "timer_delete",
     // who and where am I
     "uname", "sysinfo", "getuid", "getgid", "geteuid", "getegid", "getresuid", "getresgid", "getgroups", "capget",
@@ -47,17 +47,18 @@ pub(super) const LEAVE_GROUP: &[&str] = &["setpgid", "setsid"];
 /// not control them: who owns a file may change its mode and times, and who owns a process its priority and limits.
 #[rustfmt::skip]
 pub(super) const IN_NAMESPACES: &[&str] = &[
-    "fcntl", "fchmod", "fchmodat", "utimensat",
+    "fchmod", "fchmodat", "utimensat",
     "getxattr", "lgetxattr", "fgetxattr", "listxattr", "llistxattr", "flistxattr",
     "inotify_init1", "inotify_add_watch", "inotify_rm_watch",
-    "bind", "listen", "connect", "accept", "accept4", "sendto", "sendmmsg",
+    "bind", "listen", "connect", "accept", "accept4", "sendto", "sendmsg", "sendmmsg",
     "sched_setaffinity", "setpriority", "prlimit64",
 ];
 
-/// Allowed with any arguments where they reach the snippet's own processes alone.
-#[rustfmt::skip]
-pub(super) const SIGNALS: &[&str] =
-    &["kill", "tkill", "tgkill", "rt_sigqueueinfo", "pidfd_open", "pidfd_send_signal"];
+/// Send a signal, by which of their arguments; allowed where they reach the snippet's own processes alone.
+pub(super) const SIGNALS: &[(&str, u8)] =
+    &[("kill", 1), ("tkill", 1), ("tgkill", 2), ("rt_sigqueueinfo", 1), ("pidfd_send_signal", 1)];
+/// What the heads of a session, which are stopped between turns, could go on by: a signal at a time to come.
+pub(super) const TIMERS: &[&str] = &["timer_create"];
 
 /// The older forms of calls above, which newer architectures left out.
 #[rustfmt::skip]
@@ -84,39 +85,86 @@ const SOCKET_TYPE_MASK: u64 = 0xF;
 const CLONE_NAMESPACES: u64 =
     0x80 | 0x2_0000 | 0x200_0000 | 0x400_0000 | 0x800_0000 | 0x1000_0000 | 0x2000_0000 | 0x4000_0000;
 const CLONE_PARENT: u64 = 0x8000;
+/// The signal in the flags of `clone`.
+const CLONE_SIGNAL: u64 = 0xFF;
+const SIGCONT: u64 = libc::SIGCONT as u64;
+const MAP_SHARED: u64 = 0x1;
+const MAP_ANONYMOUS: u64 = 0x20;
+const MAP_HUGETLB: u64 = 0x4_0000;
+/// Of asm-generic/socket.h, as for both architectures.
+const SOL_SOCKET: u64 = 1;
+/// REUSEADDR, KEEPALIVE, LINGER, PASSCRED, and the timeouts. Not: programs for the kernel, and the size of buffers, which are
+/// counted for nobody.
+const SOCKET_OPTIONS: &[u64] = &[2, 9, 13, 16, 20, 21];
 
 /// What is allowed whatever the arguments are.
-pub(super) fn named(x86_64: bool, around: Around) -> Vec<Value> {
+pub(super) fn named(x86_64: bool, around: Around, who: Who) -> Vec<Value> {
     let in_namespaces = around == Around::Namespaces;
     let of = |condition: bool, names: &'static [&'static str]| if condition { names } else { &[] };
     let names = EVERYWHERE
         .iter()
         .chain(LEAVE_GROUP)
+        .chain(of(who == Who::Snippet, TIMERS))
         .chain(of(in_namespaces, IN_NAMESPACES))
-        .chain(of(around != Around::Node { signals: false }, SIGNALS))
+        .chain(of(around != Around::Node { signals: false }, &["pidfd_open"]))
         .chain(of(x86_64, X86_64_EVERYWHERE))
         .chain(of(x86_64 && in_namespaces, X86_64_IN_NAMESPACES));
     names.map(|call| json!({"syscall": call})).collect()
 }
 
-/// What is allowed with some arguments. `siblings`: a process may be cloned whose parent is the caller's.
-pub(super) fn by_argument(around: Around, siblings: bool) -> Vec<Value> {
-    let refused_flags = CLONE_NAMESPACES | if siblings { 0 } else { CLONE_PARENT };
-    let mut rules = vec![when("clone", &[argument(0, json!({"masked_eq": refused_flags}), 0)])];
-    rules.extend(IOCTLS.iter().map(|request| when("ioctl", &[argument(1, json!("eq"), *request)])));
-    rules.extend(PRCTLS.iter().map(|option| when("prctl", &[argument(0, json!("eq"), *option)])));
-    let unix = || argument(0, json!("eq"), UNIX);
+/// What is allowed with some arguments.
+pub(super) fn by_argument(around: Around, who: Who) -> Vec<Value> {
+    let mut rules = clones(around, who);
+    // Shared memory without a file is counted for nobody once it is unmapped, and huge pages are not counted at all.
+    let not = |flags: u64| argument(3, json!({"masked_eq": flags}), 0);
+    rules.extend([MAP_ANONYMOUS, MAP_SHARED].map(|flag| when("mmap", &[not(flag | MAP_HUGETLB)])));
+    rules.extend(any_of("ioctl", 1, IOCTLS));
+    rules.extend(any_of("prctl", 0, PRCTLS));
+    rules.extend(any_of("fcntl", 1, FCNTLS));
+    rules.extend(
+        SOCKET_OPTIONS.iter().map(|option| when("setsockopt", &[equal(1, SOL_SOCKET), equal(2, *option)])),
+    );
+    if around != (Around::Node { signals: false }) {
+        rules.extend(SIGNALS.iter().map(|(call, signal)| match who {
+            Who::Snippet => json!({"syscall": call}),
+            Who::Head => when(call, &[argument(*signal, json!("ne"), SIGCONT)]),
+        }));
+    }
     if around == Around::Namespaces {
-        rules.push(when("prctl", &[argument(0, json!("eq"), SET_PDEATHSIG)]));
-        rules.extend(["socket", "socketpair"].map(|call| when(call, &[unix()])));
+        rules.extend((who == Who::Snippet).then(|| when("prctl", &[equal(0, SET_PDEATHSIG)])));
+        rules.extend(["socket", "socketpair"].map(|call| when(call, &[equal(0, UNIX)])));
         return rules;
     }
-    rules.extend(FCNTLS.iter().map(|command| when("fcntl", &[argument(1, json!("eq"), *command)])));
     let of_type = |kind: &u64| argument(1, json!({"masked_eq": SOCKET_TYPE_MASK}), *kind);
-    rules.extend(CONNECTED.iter().map(|kind| when("socketpair", &[unix(), of_type(kind)])));
+    rules.extend(CONNECTED.iter().map(|kind| when("socketpair", &[equal(0, UNIX), of_type(kind)])));
     rules.push(when("sendto", &[pointer(4, 0)]));
-    rules.extend(["prlimit64", "sched_setaffinity"].map(|call| when(call, &[argument(0, json!("eq"), 0)])));
+    rules.extend(["prlimit64", "sched_setaffinity"].map(|call| when(call, &[equal(0, 0)])));
     rules
+}
+
+/// Clones that make no namespace; of a snippet on the node, no sibling, which would be no descendant of the process whose
+/// descendants are watched (in a pid namespace that one is the first, which cannot have siblings); of a head, none whose end
+/// is told by another signal than SIGCHLD: one could make a stopped head go on.
+fn clones(around: Around, who: Who) -> Vec<Value> {
+    let without = |flags: u64| argument(0, json!({"masked_eq": flags}), 0);
+    match who {
+        Who::Snippet if around == Around::Namespaces => vec![when("clone", &[without(CLONE_NAMESPACES)])],
+        Who::Snippet => vec![when("clone", &[without(CLONE_NAMESPACES | CLONE_PARENT)])],
+        Who::Head => [0, libc::SIGCHLD as u64]
+            .map(|signal| {
+                let tells = argument(0, json!({"masked_eq": CLONE_SIGNAL}), signal);
+                when("clone", &[without(CLONE_NAMESPACES), tells])
+            })
+            .to_vec(),
+    }
+}
+
+fn any_of(call: &'static str, index: u8, values: &'static [u64]) -> impl Iterator<Item = Value> {
+    values.iter().map(move |value| when(call, &[equal(index, *value)]))
+}
+
+fn equal(index: u8, value: u64) -> Value {
+    argument(index, json!("eq"), value)
 }
 
 fn when(call: &str, arguments: &[Value]) -> Value {

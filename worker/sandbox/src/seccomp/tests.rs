@@ -102,9 +102,9 @@ fn the_dangerous_calls_answer_eperm_on_both_architectures() {
 
 #[test]
 fn what_python_needs_is_allowed_on_both_architectures() {
-    // read, write, openat, mmap, futex, execve, exit_group, getrandom, wait4, newfstatat
+    // read, write, openat, munmap, futex, execve, exit_group, getrandom, wait4, newfstatat
     for (place, calls) in
-        [[0, 1, 257, 9, 202, 59, 231, 318, 61, 262], [63, 64, 56, 222, 98, 221, 94, 278, 260, 79]]
+        [[0, 1, 257, 11, 202, 59, 231, 318, 61, 262], [63, 64, 56, 215, 98, 221, 94, 278, 260, 79]]
             .iter()
             .enumerate()
     {
@@ -170,7 +170,7 @@ const OF_THE_SAME_USER: &[(&str, i64, [u64; 6])] = &[
     ("chmod", 90, [0; 6]), ("fchmod", 91, [0; 6]), ("fchmodat", 268, [0; 6]), ("fchmodat2", 452, [0; 6]),
     ("chown", 92, [0; 6]), ("fchownat", 260, [0; 6]), ("utimensat", 280, [0; 6]), ("utimes", 235, [0; 6]),
     ("setxattr", 188, [0; 6]), ("getxattr", 191, [0; 6]), ("inotify_add_watch", 254, [0; 6]),
-    ("connect", 42, [0; 6]), ("bind", 49, [0; 6]), ("sendto with an address", 44, [3, 0, 0, 0, 0x7F00_0000_0000, 16]),
+    ("connect", 42, [0; 6]), ("sendmsg", 46, [0; 6]), ("bind", 49, [0; 6]), ("sendto with an address", 44, [3, 0, 0, 0, 0x7F00_0000_0000, 16]),
     ("prlimit64 of another", 302, [1, 0, 0, 0, 0, 0]), ("setpriority", 141, [0; 6]),
     ("sched_setaffinity of another", 203, [1, 0, 0, 0, 0, 0]), ("sched_setscheduler", 144, [0; 6]),
     ("fcntl F_SETOWN", 72, [3, 8, 1, 0, 0, 0]), ("fcntl F_SETSIG", 72, [3, 10, 9, 0, 0, 0]),
@@ -221,7 +221,9 @@ fn no_call_is_named_twice() {
     let all = [
         table::EVERYWHERE,
         table::IN_NAMESPACES,
-        table::SIGNALS,
+        table::LEAVE_GROUP,
+        table::TIMERS,
+        &table::SIGNALS.iter().map(|(call, _)| *call).collect::<Vec<_>>(),
         table::X86_64_EVERYWHERE,
         table::X86_64_IN_NAMESPACES,
     ]
@@ -252,14 +254,39 @@ fn only_a_snippet_with_a_pid_namespace_can_leave_its_process_group_and_others_ar
 }
 
 #[test]
-fn the_heads_of_a_session_may_clone_siblings_and_are_otherwise_as_snippets() {
+fn the_heads_of_a_session_may_clone_siblings_and_nothing_that_could_wake_them() {
     for around in EVERYWHERE {
         let list = list(TargetArch::x86_64, around, Who::Head).expect("compiles");
-        for call in (0..500).filter(|call| !LEAVE_GROUP.contains(call)) {
-            let sibling = call == 56;
-            let arguments = if sibling { [0x8011, 0, 0, 0, 0, 0] } else { [0; 6] };
-            let expected = if sibling { ALLOW } else { answer_where(around, 0, call, arguments) };
-            assert_eq!(answer_of(&list, 0, call, arguments), expected, "call {call}");
+        let of = |call, arguments| answer_of(&list, 0, call, arguments);
+        let clone = |flags: u64| of(56, [flags, 0, 0, 0, 0, 0]);
+        assert_eq!([clone(17), clone(0x8011), clone(0x3D_0F00)], [ALLOW; 3], "a fork, a sibling, a thread");
+        assert_eq!([clone(18), clone(0x8012)], [refused(libc::EPERM); 2], "its end told by SIGCONT");
+        assert_eq!(of(222, [0; 6]), refused(libc::EPERM), "timer_create");
+        assert_eq!(of(157, [1, 18, 0, 0, 0, 0]), refused(libc::EPERM), "the parent's end told by SIGCONT");
+        for (call, place) in [(62, 1), (200, 1), (234, 2), (129, 1), (424, 1)] {
+            let mut arguments = [5; 6];
+            arguments[place] = 18;
+            assert_eq!(of(call, arguments), refused(libc::EPERM), "call {call} with SIGCONT");
+        }
+    }
+}
+
+#[test]
+fn memory_that_is_counted_for_nobody_cannot_be_had() {
+    const PRIVATE: u64 = 2;
+    const SHARED: u64 = 1;
+    const ANONYMOUS: u64 = 0x20;
+    const HUGE: u64 = 0x4_0000;
+    for (_, _, list) in lists(0) {
+        let mmap = |flags| answer_of(&list, 0, 9, [0, 4096, 3, flags, 0, 0]);
+        assert_eq!([mmap(PRIVATE | ANONYMOUS), mmap(PRIVATE), mmap(SHARED)], [ALLOW; 3]);
+        for flags in [SHARED | ANONYMOUS, 3 | ANONYMOUS, PRIVATE | ANONYMOUS | HUGE, SHARED | HUGE] {
+            assert_eq!(mmap(flags), refused(libc::EPERM), "{flags:#x}");
+        }
+        let option = |level, name| answer_of(&list, 0, 54, [3, level, name, 0, 0, 0]);
+        assert_eq!(option(1, 2), ALLOW, "SO_REUSEADDR");
+        for (level, name) in [(1, 26), (1, 50), (1, 7), (1, 8), (6, 2)] {
+            assert_eq!(option(level, name), refused(libc::EPERM), "level {level}, option {name}");
         }
     }
 }
