@@ -5,8 +5,9 @@
 //! the sum is only the cheap first test, and what decides is the proportional size, which counts a page shared by N
 //! processes as 1/N of a page.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -33,6 +34,8 @@ pub(crate) struct Watcher {
     used_before: Duration,
     /// The own CPU time of every process seen, by number and start.
     seen: BTreeMap<(i32, u64), Duration>,
+    /// Processes whose first thread had ended at the last sample, and others had not.
+    headless: BTreeSet<i32>,
     /// Most memory seen, in bytes, without the pages of the warm image.
     pub(crate) peak_bytes: u64,
     /// The files were too many or too much. What follows on them would be so, too.
@@ -54,6 +57,7 @@ impl Watcher {
             most_tasks: None,
             used_before,
             seen: BTreeMap::new(),
+            headless: BTreeSet::new(),
             peak_bytes: 0,
             files_over_limit: false,
         }
@@ -71,13 +75,11 @@ impl Watcher {
         let resident: Vec<u64> = processes.iter().map(|process| anonymous(*process)).collect();
         let own = resident.iter().map(|bytes| bytes.saturating_sub(self.image_bytes)).sum();
         self.peak_bytes = self.peak_bytes.max(own);
+        if self.some_cannot_be_counted(&processes) {
+            return Some(Status::Memory);
+        }
         if resident.iter().sum::<u64>() > self.memory_limit_bytes {
-            let proportional = processes
-                .iter()
-                .map(|process| {
-                    sum_of(&format!("/proc/{process}/smaps_rollup"), &["Pss_Anon:", "Pss_Shmem:", "SwapPss:"])
-                })
-                .sum::<u64>();
+            let proportional = of_distinct_memories(&processes);
             if proportional > self.memory_limit_bytes {
                 self.peak_bytes = self.peak_bytes.max(proportional);
                 return Some(Status::Memory);
@@ -97,6 +99,34 @@ impl Watcher {
     }
 }
 
+/// Proportional size of processes, each memory once: between a vfork and the program that the child executes, parent and
+/// child have the same.
+fn of_distinct_memories(processes: &[i32]) -> u64 {
+    let mut counted: Vec<i32> = Vec::new();
+    let mut bytes = 0_u64;
+    for process in processes {
+        if counted.iter().any(|other| same_memory(*process, *other)) {
+            continue;
+        }
+        counted.push(*process);
+        let rollup = format!("/proc/{process}/smaps_rollup");
+        // One that its user may not look into (a program that may be executed, not read) counts as if it shared nothing.
+        let own = match fs::read_to_string(&rollup) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => anonymous(*process),
+            _ => sum_of(&rollup, &["Pss_Anon:", "Pss_Shmem:", "SwapPss:"]),
+        };
+        bytes = bytes.saturating_add(own);
+    }
+    bytes
+}
+
+/// Whether two processes have one memory; false where the kernel does not say.
+fn same_memory(one: i32, other: i32) -> bool {
+    const KCMP_VM: libc::c_int = 1;
+    // SAFETY: the call reads no memory of this program.
+    unsafe { libc::syscall(libc::SYS_kcmp, one, other, KCMP_VM, 0, 0) == 0 }
+}
+
 /// Tasks of a user: the processes and threads that the kernel counts for its limit.
 pub(crate) fn tasks_of(uid: u32) -> u32 {
     let Ok(processes) = fs::read_dir("/proc") else { return 0 };
@@ -113,6 +143,21 @@ pub(crate) fn tasks_of(uid: u32) -> u32 {
 }
 
 impl Watcher {
+    /// Whether a process lives on without its first thread, by which the kernel tells what it has. One that just ends is seen
+    /// so once, but not in two samples.
+    fn some_cannot_be_counted(&mut self, processes: &[i32]) -> bool {
+        let ended = |process: &i32| {
+            let text = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+            text.lines().any(|line| line.starts_with("State:") && line.contains('Z'))
+        };
+        let others =
+            |process: &i32| fs::read_dir(format!("/proc/{process}/task")).map_or(0, Iterator::count) > 1;
+        let now: BTreeSet<i32> = processes.iter().copied().filter(|p| ended(p) && others(p)).collect();
+        let still = now.intersection(&self.headless).next().is_some();
+        self.headless = now;
+        still
+    }
+
     /// CPU time since the beginning: that of the processes and of those they have reaped; or, where that is more, of every
     /// process that a sample has seen, for one whose parent ignores its end is in no other's account.
     fn cpu_time(&mut self, processes: &[i32]) -> Duration {

@@ -208,6 +208,19 @@ fn the_time_of_children_whose_end_is_ignored_counts() {
 }
 
 #[test]
+fn a_program_that_holds_much_may_start_others_and_is_not_counted_twice() {
+    let code = "import subprocess\nheld = b'1' * (300 << 20)\nfor _ in range(60): subprocess.run(['/bin/true'])\nprint(len(held))";
+    let limits = Limits { wall: Duration::from_secs(30), ..Limits::default() };
+    let outcome = limited(code, limits);
+    assert_eq!((outcome.status, outcome.stdout.as_str()), (Status::Ok, "314572800\n"), "{outcome:?}");
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_the_code() {
+    assert_eq!(run("\u{feff}print(1)").stdout, "1\n");
+}
+
+#[test]
 fn each_snippet_has_the_limits_that_it_was_given_and_no_earlier_one_s() {
     let files = |limits: Limits| {
         let code = "import resource\nprint(resource.getrlimit(resource.RLIMIT_NOFILE)[0])";

@@ -52,6 +52,9 @@ class Namespaces:
         """The wait status and the resources of a child that has ended; its namespaces ended with it."""
         return os.wait4(process, 0)[1:]
 
+    def end(self):
+        """Before the zygote ends: its pid namespace ends with it, and everything in that."""
+
 
 class Directory:
     """The node as it is: a directory of the child's own, and Landlock for everything else.
@@ -67,7 +70,7 @@ class Directory:
     def __init__(self, home, readable, warden):
         self.home, self.readable, self.warden = home, readable, warden
         self.removed = 0
-        self.zygote = os.getpid()
+        self.zygote, self.parent = os.getpid(), os.getppid()
         self.own = None
 
     def adopt(self, process):
@@ -116,3 +119,9 @@ class Directory:
         except OSError:
             pass  # it had not come to have one; or it stays until the warden removes all
         return status, used
+
+    def end(self):
+        """Before the zygote ends: its warden ends the rest, or this, where that has ended before."""
+        leftovers.end_strays()
+        if os.getppid() != self.parent:
+            leftovers.remove(self.home)

@@ -109,7 +109,7 @@ def run(source, namespace, name, echo):
     sys.argv = ["snippet.py"]
     exit_code = 0
     try:
-        text = source.decode("utf-8", "replace")
+        text = source.decode("utf-8-sig", "replace")
         linecache.cache[name] = (len(text), None, text.splitlines(True), name)
         for code, mode in pieces(text, name, echo):
             exec(code, namespace) if mode == "exec" else sys.displayhook(eval(code, namespace))

@@ -36,7 +36,7 @@ CREDENTIALS = struct.Struct("3i")
 # How often orphans are reaped while a turn runs.
 REAP_MILLISECONDS = 100
 # How long a head may take to stop, and what it made to end: to give back gigabytes takes a moment.
-STOP_SECONDS, END_SECONDS = 10, 2
+STOP_SECONDS, END_SECONDS = 2, 2
 # How long a head waits for a task that it may make.
 FORK_SECONDS = 2
 

@@ -22,7 +22,6 @@ import sys
 OWN_MODULES = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, OWN_MODULES)
 import isolation
-import leftovers
 import place
 import script
 import session
@@ -111,8 +110,7 @@ class Zygote:
                 if descriptor == CONTROL:
                     self.take_request()
                 elif descriptor == warden:
-                    leftovers.end_strays()
-                    leftovers.remove(self.place.home)
+                    self.place.end()
                     os._exit(1)
                 else:
                     self.report_end(descriptor)
@@ -140,6 +138,7 @@ class Zygote:
         """Hands a request to the child that is ready for such, or forks one for it."""
         message, descriptors, _, _ = socket.recv_fds(self.control, 512, 8)
         if not message:
+            self.place.end()
             os._exit(0)
         request = REQUEST.unpack(message)
         try:

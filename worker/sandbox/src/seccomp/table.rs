@@ -1,7 +1,8 @@
 //! The names: what a snippet may call. Numbers are the architecture's.
 //!
 //! Calls that make namespaces or mounts, trace processes, load programs into the kernel or hold memory outside the
-//! accounting (memfd, System V shared memory) must stay out of it.
+//! accounting (memfd, System V shared memory) must stay out of it, and so must those by which a snippet could see what the
+//! machine or another snippet does with files that all may read, or get in its way (inotify, flock, leases).
 
 use serde_json::{Value, json};
 
@@ -12,8 +13,8 @@ use super::{Around, Who};
 pub(super) const EVERYWHERE: &[&str] = &[
     // files that are open
     "read", "write", "close", "lseek", "pread64", "pwrite64", "readv", "writev", "preadv", "pwritev", "preadv2",
-    "pwritev2", "sendfile", "splice", "tee", "copy_file_range", "flock", "fsync", "fdatasync", "truncate",
-    "ftruncate", "fallocate", "fadvise64", "dup", "dup3", "close_range", "pipe2",
+    "pwritev2", "sendfile", "splice", "tee", "copy_file_range", "fsync", "fdatasync", "truncate",
+    "ftruncate", "fadvise64", "dup", "dup3", "close_range", "pipe2",
     // names of files
     "openat", "fstat", "newfstatat", "statx", "statfs", "fstatfs", "faccessat", "faccessat2", "getdents64", "getcwd",
     "chdir", "fchdir", "renameat", "renameat2", "mkdirat", "linkat", "unlinkat", "symlinkat", "readlinkat", "umask",
@@ -47,9 +48,8 @@ pub(super) const LEAVE_GROUP: &[&str] = &["setpgid", "setsid"];
 /// not control them: who owns a file may change its mode and times, and who owns a process its priority and limits.
 #[rustfmt::skip]
 pub(super) const IN_NAMESPACES: &[&str] = &[
-    "fchmod", "fchmodat", "utimensat",
+    "fchmod", "fchmodat", "utimensat", "fallocate",
     "getxattr", "lgetxattr", "fgetxattr", "listxattr", "llistxattr", "flistxattr",
-    "inotify_init1", "inotify_add_watch", "inotify_rm_watch",
     "bind", "listen", "connect", "accept", "accept4", "sendto", "sendmsg", "sendmmsg",
     "sched_setaffinity", "setpriority", "prlimit64",
 ];

@@ -83,7 +83,7 @@ const DANGEROUS: &[(&str, i64, i64)] = &[
     ("setuid", 105, 146), ("setresuid", 117, 147), ("capset", 126, 91), ("reboot", 169, 142), ("swapon", 167, 224),
     ("kcmp", 312, 272), ("quotactl", 179, 60), ("acct", 163, 89), ("clock_settime", 227, 112),
     ("landlock_create_ruleset", 444, 444), ("execveat", 322, 281), ("process_madvise", 440, 440),
-    ("prctl", 157, 167),
+    ("prctl", 157, 167), ("flock", 73, 32), ("inotify_add_watch", 254, 27),
 ];
 
 #[test]
@@ -169,12 +169,12 @@ fn sockets_are_local_alone_and_on_the_node_pairs() {
 const OF_THE_SAME_USER: &[(&str, i64, [u64; 6])] = &[
     ("chmod", 90, [0; 6]), ("fchmod", 91, [0; 6]), ("fchmodat", 268, [0; 6]), ("fchmodat2", 452, [0; 6]),
     ("chown", 92, [0; 6]), ("fchownat", 260, [0; 6]), ("utimensat", 280, [0; 6]), ("utimes", 235, [0; 6]),
-    ("setxattr", 188, [0; 6]), ("getxattr", 191, [0; 6]), ("inotify_add_watch", 254, [0; 6]),
+    ("setxattr", 188, [0; 6]), ("getxattr", 191, [0; 6]), 
     ("connect", 42, [0; 6]), ("sendmsg", 46, [0; 6]), ("bind", 49, [0; 6]), ("sendto with an address", 44, [3, 0, 0, 0, 0x7F00_0000_0000, 16]),
     ("prlimit64 of another", 302, [1, 0, 0, 0, 0, 0]), ("setpriority", 141, [0; 6]),
     ("sched_setaffinity of another", 203, [1, 0, 0, 0, 0, 0]), ("sched_setscheduler", 144, [0; 6]),
     ("fcntl F_SETOWN", 72, [3, 8, 1, 0, 0, 0]), ("fcntl F_SETSIG", 72, [3, 10, 9, 0, 0, 0]),
-    ("fcntl F_SETLEASE", 72, [3, 1024, 0, 0, 0, 0]), ("prctl SET_PDEATHSIG", 157, [1, 0, 0, 0, 0, 0]),
+    ("fallocate", 285, [0; 6]), ("fcntl F_SETLEASE", 72, [3, 1024, 0, 0, 0, 0]), ("prctl SET_PDEATHSIG", 157, [1, 0, 0, 0, 0, 0]),
     ("clone of a sibling", 56, [0x8011, 0, 0, 0, 0, 0]),
 ];
 

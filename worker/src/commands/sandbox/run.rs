@@ -55,6 +55,9 @@ struct Report<'a> {
     /// With --stateful: the variables are what this file made of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     kept: Option<bool>,
+    /// With --stateful: what the files before it did to the variables was lost before this one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    restarted: Option<bool>,
 }
 
 pub(super) fn run(args: &RunArgs) -> anyhow::Result<u8> {
@@ -64,16 +67,22 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<u8> {
     let mut exit_code = 0;
     for (file, code) in args.files.iter().zip(&codes) {
         let snippet = Snippet { code, seed: args.seed, limits: None };
-        let (outcome, kept) = if args.stateful {
+        let (outcome, kept, restarted) = if args.stateful {
             let turn = sandbox.turn(SESSION, &snippet)?;
-            (turn.outcome, Some(turn.kept))
+            (turn.outcome, Some(turn.kept), Some(turn.restarted))
         } else {
-            (sandbox.run(&snippet)?, None)
+            (sandbox.run(&snippet)?, None, None)
         };
         let shown = if args.json {
-            let report = Report { file, outcome: &outcome, tier: sandbox.tier(), kept };
+            let report = Report { file, outcome: &outcome, tier: sandbox.tier(), kept, restarted };
             writeln!(std::io::stdout(), "{}", serde_json::to_string(&report)?)
         } else {
+            if restarted == Some(true) {
+                eprintln!(
+                    "{}: the session had ended, and begins again: variables of earlier files are gone",
+                    file.display()
+                );
+            }
             show(file, &outcome)
         };
         if let Err(error) = shown {
@@ -111,7 +120,7 @@ fn show(file: &Path, outcome: &Outcome) -> std::io::Result<()> {
         Status::Timeout => "it reached its time limit (--wall, --cpu)",
         Status::Memory => "it reached its memory limit (--memory-mb)",
         Status::OutputLimit => "it wrote more than is kept (--output-kb)",
-        Status::Killed => "it was killed, and not by the sandbox",
+        Status::Killed => "it was killed: by itself, by an operator, or as the machine ran out of memory",
     };
     writeln!(error, "{}: ended after {:.1} s: {why}", file.display(), outcome.seconds)
 }
