@@ -5,6 +5,7 @@ of a snippet exists in it, `enter` and `rules`.
 """
 
 import os
+import select
 import sys
 
 import isolation
@@ -13,6 +14,8 @@ import leftovers
 SHM_BYTES = 16 * isolation.MIB
 # Not zero: mapped for writing it is shared memory that is counted for nobody.
 WRITABLE_DEVICES = ("null", "full")
+# How long a warden that lives may take to end its zygote.
+WARDEN_MILLISECONDS = 10_000
 
 
 class Namespaces:
@@ -53,7 +56,7 @@ class Namespaces:
         return os.wait4(process, 0)[1:]
 
     def end(self):
-        """Before the zygote ends: its pid namespace ends with it, and everything in that."""
+        """Ends everything: its pid namespace ends with the zygote."""
 
 
 class Directory:
@@ -70,7 +73,7 @@ class Directory:
     def __init__(self, home, readable, warden):
         self.home, self.readable, self.warden = home, readable, warden
         self.removed = 0
-        self.zygote, self.parent = os.getpid(), os.getppid()
+        self.zygote = os.getpid()
         self.own = None
 
     def adopt(self, process):
@@ -121,7 +124,10 @@ class Directory:
         return status, used
 
     def end(self):
-        """Before the zygote ends: its warden ends the rest, or this, where that has ended before."""
+        """Ends everything, since the supervisor or the warden has ended. The warden would end this process, too; where it has
+        ended itself, the files are this one's to remove."""
         leftovers.end_strays()
-        if os.getppid() != self.parent:
+        warden = select.poll()
+        warden.register(self.warden, 0)  # its end is told unasked
+        if warden.poll(WARDEN_MILLISECONDS):
             leftovers.remove(self.home)
