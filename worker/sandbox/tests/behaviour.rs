@@ -216,6 +216,13 @@ fn a_program_that_holds_much_may_start_others_and_is_not_counted_twice() {
 }
 
 #[test]
+fn a_fork_of_the_program_s_own_draws_other_random_numbers_as_ever() {
+    let code = "import os, random\nread, write = os.pipe()\nif os.fork() == 0:\n    os.write(write, repr(random.random()).encode())\n    \
+                os._exit(0)\nprint(float(os.read(read, 99)) == random.random())";
+    assert_eq!(run(code).stdout, "False\n");
+}
+
+#[test]
 fn a_byte_order_mark_is_no_part_of_the_code() {
     assert_eq!(run("\u{feff}print(1)").stdout, "1\n");
 }

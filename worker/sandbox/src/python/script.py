@@ -126,9 +126,9 @@ def run(source, namespace, name, echo):
 
 def pieces(text, name, echo):
     """The code to run, compiled: one piece, or with `echo` two where the last statement is an expression."""
-    tree = compile(text, name, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
-    last = tree.body[-1] if tree.body else None
-    if not (echo and isinstance(last, ast.Expr)):
+    tree = compile(text, name, "exec", ast.PyCF_ONLY_AST, dont_inherit=True) if echo else None
+    last = tree.body[-1] if tree and tree.body else None
+    if not isinstance(last, ast.Expr):
         return [(compile(text, name, "exec", dont_inherit=True), "exec")]
     del tree.body[-1]
     expression = ast.Expression(last.value)

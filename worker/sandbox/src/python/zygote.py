@@ -10,9 +10,15 @@ What must stay true: everything between the clone and `run` happens before any c
 process, and any failure there ends the child without running it.
 """
 
+import os
+
+# What modules want done at a fork is for forks of the snippet's own: a fork of the zygote has one thread and no state to
+# mend, and each hook touches memory that is shared until then.
+AT_FORK = []
+register_at_fork, os.register_at_fork = os.register_at_fork, lambda **hooks: AT_FORK.append(hooks)
+
 import collections
 import gc
-import os
 import select
 import site
 import socket
@@ -61,6 +67,12 @@ def limits_of(request):
     return (0, tasks, 0, *bounds, flags & ~isolation.ECHO)
 
 
+def keep_hooks():
+    """From here on forks are the snippet's."""
+    for hooks in AT_FORK:
+        os.register_at_fork(**hooks)
+
+
 def wait_for_request(channel):
     """What the zygote hands over. Where it closes its end, nothing will come."""
     message, descriptors, _, _ = socket.recv_fds(channel, 512, 8)
@@ -77,6 +89,7 @@ class Zygote:
         self.of_snippet, self.of_heads = isolation.read_programs()
         self.rights = isolation.Landlock()
         prepare(packages, modules)
+        os.register_at_fork = register_at_fork
         self.numpy_random = script.NumpyRandom()
         for own in ("isolation", "leftovers", "place", "script", "session", "warden", "zygote"):
             sys.modules.pop(own, None)
@@ -225,6 +238,7 @@ class Zygote:
             source = file.read()
         script.connect(stdout, stderr)
         script.seed_everything(request[2], self.numpy_random)
+        keep_hooks()
 
         def work():
             os.closerange(3, 1 << 20)
@@ -245,6 +259,7 @@ class Zygote:
             self.rights.restrict(self.place.rules())
             isolation.forbid(self.of_heads)
             script.seed_everything(request[2], self.numpy_random)
+            keep_hooks()
 
         def work():
             os.closerange(3, keep)
