@@ -150,7 +150,7 @@ mod tests {
     }
 
     /// What is trained: a setting that arrives is put here or in `FREE`, on purpose.
-    const COUNTS: [&str; 51] = [
+    const COUNTS: [&str; 55] = [
         "actor_rollout_ref.actor.clip_ratio",
         "actor_rollout_ref.actor.clip_ratio_c",
         "actor_rollout_ref.actor.clip_ratio_high",
@@ -194,12 +194,16 @@ mod tests {
         "data.train_batch_size",
         "data.train_files",
         "data.train_max_samples",
+        "sandbox.cpu_seconds",
         "sandbox.echo_last",
         "sandbox.idle_sessions",
         "sandbox.idle_sessions_mb",
         "sandbox.memory_mb",
+        "sandbox.output_kb",
         "sandbox.partial_output",
         "sandbox.stateful",
+        "sandbox.tasks",
+        "sandbox.tmp_mb",
         "sandbox.wall_seconds",
         "trainer.seed",
     ];

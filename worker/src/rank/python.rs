@@ -5,9 +5,10 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use agentfly_agent::tools::{InfraError, PythonRunner, PythonSlot, RunLimits, RunOutput, RunStatus, Snippet};
-use agentfly_common::config::{Config, SandboxTier};
+use agentfly_common::config::{Config, Sandbox as SandboxSettings, SandboxTier};
 use agentfly_common::ids::ChainKey;
 use agentfly_sandbox::{Limits, Outcome, Sandbox, SandboxConfig, Status, Tier, Turn};
 use anyhow::Context as _;
@@ -48,12 +49,7 @@ impl SandboxPython {
     /// # Errors
     /// When there is no interpreter, or this machine cannot isolate one; outside of a Tokio runtime.
     pub(super) fn start(config: &Config, threads: u32) -> anyhow::Result<Self> {
-        let limits = limits(RunLimits {
-            wall: config.sandbox.wall(),
-            // Code that computes all the time must be able to reach its wall limit.
-            cpu: config.sandbox.wall().max(Limits::default().cpu),
-            memory_bytes: config.sandbox.memory_bytes(),
-        });
+        let limits = limits_of_calls(&config.sandbox);
         let slots = config.sandbox.slots.unwrap_or(threads.max(1).saturating_mul(2)) as usize;
         let sandbox = Sandbox::start(SandboxConfig {
             slots,
@@ -83,6 +79,21 @@ fn tier(wanted: SandboxTier) -> Option<Tier> {
         SandboxTier::Root => Some(Tier::Root),
         SandboxTier::UserNamespaces => Some(Tier::UserNamespaces),
         SandboxTier::Landlock => Some(Tier::Landlock),
+    }
+}
+
+/// The limits of tool calls.
+fn limits_of_calls(settings: &SandboxSettings) -> Limits {
+    let wall = settings.wall();
+    // Code that computes all the time must be able to reach its wall limit.
+    let cpu = settings.cpu_seconds.map_or(wall.max(Limits::default().cpu), Duration::from_secs);
+    let tmp_bytes = settings.tmp_mb.saturating_mul(1 << 20);
+    Limits {
+        tasks: settings.tasks,
+        output_bytes: usize::try_from(settings.output_kb).unwrap_or(usize::MAX).saturating_mul(1 << 10),
+        tmp_bytes,
+        file_bytes: tmp_bytes,
+        ..limits(RunLimits { wall, cpu, memory_bytes: settings.memory_bytes() })
     }
 }
 
@@ -164,14 +175,14 @@ mod tests {
 
     use super::*;
 
+    fn config(settings: &[&str]) -> Config {
+        let given = ["data.train_files=x.json", "actor_rollout_ref.model.path=m", "sandbox.slots=1"];
+        let all: Vec<String> = given.iter().chain(settings).map(|text| (*text).to_owned()).collect();
+        agentfly_common::config::resolve(&all, None, []).unwrap().config
+    }
+
     fn python(wall_seconds: u64) -> SandboxPython {
-        let settings = [
-            "data.train_files=x.json".to_owned(),
-            "actor_rollout_ref.model.path=m".to_owned(),
-            "sandbox.slots=1".to_owned(),
-            format!("sandbox.wall_seconds={wall_seconds}"),
-        ];
-        let config = agentfly_common::config::resolve(&settings, None, []).unwrap().config;
+        let config = config(&[&format!("sandbox.wall_seconds={wall_seconds}")]);
         SandboxPython::start(&config, 1).expect("`make setup` was run, and this machine isolates snippets")
     }
 
@@ -228,5 +239,26 @@ mod tests {
     async fn computing_all_the_time_reaches_the_wall_limit() {
         assert_eq!(python(60).limits.cpu, Duration::from_secs(60));
         assert_eq!(python(1).limits.cpu, Limits::default().cpu);
+    }
+
+    #[test]
+    fn the_limits_of_calls_are_those_of_the_settings_and_otherwise_the_sandbox_s_own() {
+        let of = |settings: &[&str]| limits_of_calls(&config(settings).sandbox);
+        let wall = Duration::from_secs(10);
+        assert_eq!(of(&[]), Limits { wall, memory_bytes: 1 << 30, ..Limits::default() });
+        let given =
+            of(&["sandbox.cpu_seconds=3", "sandbox.tasks=7", "sandbox.output_kb=1", "sandbox.tmp_mb=2"]);
+        let tmp_bytes = 2 << 20;
+        let expected = Limits {
+            wall,
+            cpu: Duration::from_secs(3),
+            memory_bytes: 1 << 30,
+            tasks: 7,
+            output_bytes: 1024,
+            tmp_bytes,
+            file_bytes: tmp_bytes,
+            ..Limits::default()
+        };
+        assert_eq!(given, expected);
     }
 }

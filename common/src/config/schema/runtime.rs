@@ -12,6 +12,10 @@ const MOST_WALL_SECONDS: u64 = 60;
 
 /// The sandbox has no more.
 const MOST_SLOTS: u32 = 1024;
+const MOST_CPU_SECONDS: u64 = 3600;
+const MOST_TASKS: u32 = 4096;
+const MOST_OUTPUT_KB: u64 = 64 << 10;
+const MOST_TMP_MB: u64 = 1 << 20;
 
 /// `sandbox.*`: how a tool call runs, and its limits. Read by the worker's sandbox.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -21,8 +25,16 @@ pub struct Sandbox {
     pub tier: SandboxTier,
     /// Wall-clock limit.
     pub wall_seconds: u64,
+    /// CPU time limit of all its processes; `None` is `wall_seconds`, ten at least.
+    pub cpu_seconds: Option<u64>,
     /// Memory limit in MiB.
     pub memory_mb: u64,
+    /// Processes and threads together.
+    pub tasks: u32,
+    /// Output that is kept, in KiB; more ends the call.
+    pub output_kb: u64,
+    /// Size of its `/tmp`, and of its largest file, in MiB.
+    pub tmp_mb: u64,
     /// Calls at the same time on a rank; `None` is two per CPU thread of the rank.
     pub slots: Option<u32>,
     /// The calls of a chain share their variables and files.
@@ -46,6 +58,14 @@ impl Sandbox {
         );
         // Python with numpy and sympy loaded needs some 100 MiB itself.
         checks.that("sandbox.memory_mb", self.memory_mb >= 128, "expected at least 128 MiB");
+        let cpu = self.cpu_seconds.is_none_or(|seconds| (1..=MOST_CPU_SECONDS).contains(&seconds));
+        checks.that("sandbox.cpu_seconds", cpu, format!("expected 1 to {MOST_CPU_SECONDS}, or null"));
+        let tasks = (1..=MOST_TASKS).contains(&self.tasks);
+        checks.that("sandbox.tasks", tasks, format!("expected 1 to {MOST_TASKS}"));
+        let output = (1..=MOST_OUTPUT_KB).contains(&self.output_kb);
+        checks.that("sandbox.output_kb", output, format!("expected 1 to {MOST_OUTPUT_KB}"));
+        let tmp = (1..=MOST_TMP_MB).contains(&self.tmp_mb);
+        checks.that("sandbox.tmp_mb", tmp, format!("expected 1 to {MOST_TMP_MB}"));
         let slots = self.slots.is_none_or(|slots| (1..=MOST_SLOTS).contains(&slots));
         checks.that("sandbox.slots", slots, format!("expected 1 to {MOST_SLOTS}, or null"));
     }
