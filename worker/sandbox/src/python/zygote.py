@@ -95,7 +95,7 @@ class Zygote:
             sys.modules.pop(own, None)
         isolation.call_process("sandbox-zygote")
         self.control = socket.socket(fileno=CONTROL)
-        self.events = select.epoll()
+        self.events, self.cores = select.epoll(), len(os.sched_getaffinity(0))
         self.children = {}  # descriptor → (process, call)
         # A child that waits for its request, the limits of the last snippet, and whether those of the one before were equal.
         self.ready, self.last, self.repeated = None, None, False
@@ -115,7 +115,9 @@ class Zygote:
             self.events.register(warden, select.EPOLLIN)
             warden = warden.fileno()
         while True:
-            wanted = self.place.prepares and self.ready is None and self.repeated
+            # Where every core has a snippet already, one that waits would take its time from those.
+            free = len(self.children) < self.cores
+            wanted = free and self.place.prepares and self.ready is None and self.repeated
             found = self.events.poll(0 if wanted else None)
             if wanted and not found:
                 self.make_ready()
