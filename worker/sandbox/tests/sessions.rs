@@ -63,6 +63,18 @@ fn a_turn_that_fails_or_is_ended_leaves_the_state_of_the_last_good_one() {
 }
 
 #[test]
+fn a_turn_that_ends_at_once_does_not_take_its_session_with_it() {
+    let name = "at-once";
+    said(name, "import os\nx = [1]");
+    for round in 0..150 {
+        let ended = turn(name, "os.abort()");
+        assert_eq!((ended.outcome.status, ended.restarted), (Status::Error, false), "{round}: {ended:?}");
+    }
+    assert_eq!(said(name, "print(x)"), "[1]\n");
+    sandbox().end_session(name);
+}
+
+#[test]
 fn an_exception_names_the_turn_and_keeps_what_was_printed() {
     let name = "traceback";
     said(name, "def f(x):\n    return 1 / x");

@@ -120,7 +120,7 @@ class Keeper:
             self.reap()
             if ours.fileno() in ready:
                 kind, code, sender = note(ours)
-                if kind == STARTED and copy is None and is_child(sender):
+                if kind == STARTED and copy is None and (sender in self.ended or is_child(sender)):
                     copy = sender
                     os.kill(self.head, signal.SIGSTOP)
                 elif kind == DONE and sender == copy:
@@ -202,7 +202,7 @@ def note(ours):
 
 
 def is_child(process):
-    """Whether it is one of this process's, ended or not."""
+    """Whether it is one of this process's that is not reaped."""
     try:
         os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except (ChildProcessError, OverflowError):
