@@ -56,7 +56,7 @@ async fn json_tells_everything_a_line_a_file() {
     assert_eq!(of(1, &keys), [json!("b.py"), json!("error"), json!(""), json!(""), json!(3)]);
     for line in &told {
         assert!(line["seconds"].as_f64().unwrap() > 0.0 && line["peak_bytes"].is_u64(), "{line}");
-        assert!(["root", "user_namespaces"].contains(&line["tier"].as_str().unwrap()), "{line}");
+        assert!(["root", "user_namespaces", "landlock"].contains(&line["tier"].as_str().unwrap()), "{line}");
     }
     let mut command = playground.command("worker", &["sandbox", "run", "-", "--json", "--echo-last"]);
     let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
