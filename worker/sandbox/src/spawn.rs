@@ -141,9 +141,10 @@ const STAGES: &[&str] = &[
 const FIRST_STAGE: u32 = 1 << 16;
 /// Building a jail takes about a millisecond; a file system that does not answer must not hang the caller.
 const BUILD_DEADLINE: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
-/// Ending the snippets of four slots, and removing their files, takes milliseconds.
+/// What is killed gives back its memory, and ends.
 const KILL_DEADLINE: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
-const WARDEN_DEADLINE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+/// Ending the snippets of four slots, and removing their files, takes milliseconds, and on a busy machine seconds.
+const WARDEN_DEADLINE: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
 
 /// Makes a zygote. The calling thread must live as long as the zygote.
 ///

@@ -128,6 +128,13 @@ fn attack() {
     println!("{} attacks held on the {tier} tier", cases.len());
 }
 
+/// The directory that a warden was given for its zygote, from its command line.
+fn home_of(warden: u32) -> Option<String> {
+    let words = std::fs::read_to_string(format!("/proc/{warden}/cmdline")).unwrap_or_default();
+    let program = words.split('\0').find(|word| word.ends_with("/programs/warden.py"))?;
+    program.strip_suffix("/programs/warden.py").map(str::to_owned)
+}
+
 /// The case as it is for a tier, if it is for that one.
 fn on_tier(case: &Case, tier: Tier) -> Option<Case> {
     let mut case = case.clone();
@@ -227,8 +234,14 @@ fn nothing_is_left(sandbox: Sandbox) {
     for zygote in common::children(me).into_iter().map(common::zygote_of) {
         assert_eq!(common::at_work(zygote), [0_u32; 0], "an orphan or a zombie is left");
     }
+    let homes: Vec<String> = common::children(me).into_iter().filter_map(home_of).collect();
+    assert!(common::in_namespaces() || !homes.is_empty() || sandbox.tier() != Tier::Landlock);
     drop(sandbox);
     assert_eq!(common::children(me), [0_u32; 0], "a zygote outlived its pool");
+    let left = std::fs::read_dir(std::env::temp_dir()).expect("a directory for temporary files");
+    let left: Vec<String> = left.flatten().map(|entry| entry.path().to_string_lossy().into_owned()).collect();
+    let of_ours = |path: &String| homes.iter().any(|home| path.starts_with(home.as_str()));
+    assert!(!left.iter().any(of_ours), "files are left of {homes:?}");
     let mounts = std::fs::read_to_string("/proc/self/mounts").expect("mounts");
     assert!(!mounts.contains("nr_inodes=4096"), "a mount is left:\n{mounts}");
 }

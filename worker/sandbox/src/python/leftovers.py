@@ -57,6 +57,13 @@ def remove_gone(home):
                 pass
 
 
+def remove_home(home):
+    """Removes the whole directory of a zygote."""
+    while names := os.listdir(home):
+        remove(f"{home}/{names[0]}")  # what it moves stays within
+    os.rmdir(home)
+
+
 def remove(path):
     """Removes a directory, whatever is in it: any depth, any mode. Nobody else may be writing to it."""
     moved, pending = 0, [path]
@@ -64,6 +71,11 @@ def remove(path):
         directory = pending.pop()
         for entry in sorted(os.scandir(directory), key=lambda entry: entry.is_dir(follow_symlinks=False)):
             if entry.is_dir(follow_symlinks=False):
+                try:
+                    os.rmdir(entry.path)
+                    continue
+                except OSError:
+                    pass  # it is not empty
                 # Out of its parent before it is looked into: so no path gets long. By now there are no files any more, so that
                 # there is room for its name.
                 os.chmod(entry.path, 0o700)

@@ -130,4 +130,4 @@ class Directory:
         warden = select.poll()
         warden.register(self.warden, 0)  # its end is told unasked
         if warden.poll(WARDEN_MILLISECONDS):
-            leftovers.remove(self.home)
+            leftovers.remove_home(self.home)

@@ -39,7 +39,7 @@ def main(arguments):
     while [descriptor for descriptor, _ in events.poll()] == [here.fileno()] and here.recv(1):
         leftovers.remove_gone(home)
     leftovers.end_strays()
-    leftovers.remove(home)
+    leftovers.remove_home(home)
     os._exit(0)
 
 
