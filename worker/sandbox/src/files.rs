@@ -39,11 +39,8 @@ struct Count {
     disturbed: bool,
 }
 
-/// Why a walk ends early.
-enum Stop {
-    /// There is too much, or it cannot be counted.
-    TooMuch,
-}
+/// Why a walk ends early: there is too much, or it cannot be counted.
+struct TooMuch;
 
 impl Files {
     pub(crate) fn new(directory: PathBuf, limit_bytes: u64) -> Self {
@@ -59,7 +56,7 @@ impl Files {
         let walked = match opened {
             Ok(top) => walk(top.as_fd(), &mut count, 0),
             Err(Errno::NOENT) => Ok(()), // it has ended
-            Err(_) => Err(Stop::TooMuch),
+            Err(_) => Err(TooMuch),
         };
         self.disturbed = if count.disturbed { self.disturbed + 1 } else { 0 };
         walked.is_err()
@@ -72,17 +69,17 @@ fn directory_flags() -> OFlags {
     OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC
 }
 
-fn walk(directory: BorrowedFd<'_>, count: &mut Count, depth: u32) -> Result<(), Stop> {
-    let entries = Dir::read_from(directory).map_err(|_| Stop::TooMuch)?;
+fn walk(directory: BorrowedFd<'_>, count: &mut Count, depth: u32) -> Result<(), TooMuch> {
+    let entries = Dir::read_from(directory).map_err(|_| TooMuch)?;
     for entry in entries {
-        let entry = entry.map_err(|_| Stop::TooMuch)?;
+        let entry = entry.map_err(|_| TooMuch)?;
         let name: CString = entry.file_name().to_owned();
         if [c".", c".."].contains(&name.as_c_str()) {
             continue;
         }
         count.files += 1;
         if count.files > MOST_FILES || depth > MOST_DEPTH {
-            return Err(Stop::TooMuch);
+            return Err(TooMuch);
         }
         let Ok(found) = rustix::fs::statat(directory, &name, AtFlags::SYMLINK_NOFOLLOW) else {
             count.disturbed = true;
@@ -95,7 +92,7 @@ fn walk(directory: BorrowedFd<'_>, count: &mut Count, depth: u32) -> Result<(), 
                 Ok(below) => walk(below.as_fd(), count, depth + 1)?,
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => count.disturbed = true,
                 // Its owner has closed it to whoever counts.
-                Err(_) => return Err(Stop::TooMuch),
+                Err(_) => return Err(TooMuch),
             }
         }
     }

@@ -1,8 +1,8 @@
 //! Messages between the supervisor and a zygote, or a session's first process: fixed little-endian records over a
 //! SEQPACKET socket.
 //!
-//! The other end is `python/zygote.py` or `python/session.py`. A snippet's process never holds this socket while code of the snippet runs, so
-//! everything that arrives here was written by trusted code; it is checked all the same, and a message that makes no
+//! The other end is `python/zygote.py` or `python/session.py`. A snippet's process never holds this socket while code of
+//! the snippet runs, so everything that arrives here was written by trusted code; it is checked all the same, and a message that makes no
 //! sense is an error, never a panic.
 
 use std::io::{self, IoSlice, IoSliceMut};
@@ -107,7 +107,7 @@ pub(crate) enum Reply {
     Ready { landlock: i64, image_bytes: u64 },
     /// The child exists; the descriptor of its process came along.
     Spawned { call: u32 },
-    /// The child and its whole pid namespace are gone.
+    /// The child is gone, and everything that it had made.
     Exited { call: u32, wait_status: i32, max_rss_bytes: u64, cpu_microseconds: u64 },
     /// A session waits for its first turn.
     Begun,

@@ -69,7 +69,7 @@ pub(crate) fn run(
     let process = wait_for_process(zygote, &events)?;
     let mut watcher = zygote.watcher(host_process_id(&process)?, limits);
     let kill = || {
-        // Process 1 of its pid namespace: everything in there ends with it. It may have ended just now.
+        // Everything it has made ends with it: by its pid namespace, or else by the zygote. It may have ended just now.
         let _ = rustix::process::pidfd_send_signal(&process, Signal::KILL);
     };
     let ended_by = watch(process.as_fd(), &kill, &mut capture, &mut watcher, limits)?;

@@ -97,6 +97,34 @@ impl Watcher {
         }
         (self.cpu_time(&processes) > self.cpu_limit).then_some(Status::Timeout)
     }
+
+    /// Whether a process lives on without its first thread, by which the kernel tells what it has. One that just ends is seen
+    /// so once, but not in two samples.
+    fn some_cannot_be_counted(&mut self, processes: &[i32]) -> bool {
+        let ended = |process: &i32| {
+            let text = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+            text.lines().any(|line| line.starts_with("State:") && line.contains('Z'))
+        };
+        let others =
+            |process: &i32| fs::read_dir(format!("/proc/{process}/task")).map_or(0, Iterator::count) > 1;
+        let now: BTreeSet<i32> = processes.iter().copied().filter(|p| ended(p) && others(p)).collect();
+        let still = now.intersection(&self.headless).next().is_some();
+        self.headless = now;
+        still
+    }
+
+    /// CPU time since the beginning: that of the processes and of those they have reaped; or, where that is more, of every
+    /// process that a sample has seen, for one whose parent ignores its end is in no other's account.
+    fn cpu_time(&mut self, processes: &[i32]) -> Duration {
+        let mut reaped = Duration::ZERO;
+        for (process, times) in processes.iter().filter_map(|process| Some((process, times_of(*process)?))) {
+            reaped += times.own + times.of_children;
+            let seen = self.seen.entry((*process, times.started)).or_default();
+            *seen = times.own.max(*seen);
+        }
+        let seen: Duration = self.seen.values().sum();
+        reaped.max(seen).saturating_sub(self.used_before)
+    }
 }
 
 /// Proportional size of processes, each memory once: between a vfork and the program that the child executes, parent and
@@ -140,36 +168,6 @@ pub(crate) fn tasks_of(uid: u32) -> u32 {
         line.unwrap_or(0)
     });
     threads.sum()
-}
-
-impl Watcher {
-    /// Whether a process lives on without its first thread, by which the kernel tells what it has. One that just ends is seen
-    /// so once, but not in two samples.
-    fn some_cannot_be_counted(&mut self, processes: &[i32]) -> bool {
-        let ended = |process: &i32| {
-            let text = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
-            text.lines().any(|line| line.starts_with("State:") && line.contains('Z'))
-        };
-        let others =
-            |process: &i32| fs::read_dir(format!("/proc/{process}/task")).map_or(0, Iterator::count) > 1;
-        let now: BTreeSet<i32> = processes.iter().copied().filter(|p| ended(p) && others(p)).collect();
-        let still = now.intersection(&self.headless).next().is_some();
-        self.headless = now;
-        still
-    }
-
-    /// CPU time since the beginning: that of the processes and of those they have reaped; or, where that is more, of every
-    /// process that a sample has seen, for one whose parent ignores its end is in no other's account.
-    fn cpu_time(&mut self, processes: &[i32]) -> Duration {
-        let mut reaped = Duration::ZERO;
-        for (process, times) in processes.iter().filter_map(|process| Some((process, times_of(*process)?))) {
-            reaped += times.own + times.of_children;
-            let seen = self.seen.entry((*process, times.started)).or_default();
-            *seen = times.own.max(*seen);
-        }
-        let seen: Duration = self.seen.values().sum();
-        reaped.max(seen).saturating_sub(self.used_before)
-    }
 }
 
 /// Memory of a tree beyond the image that each of its processes began with, in bytes; what they share is counted in each.

@@ -1,7 +1,7 @@
 """Where a snippet runs: in namespaces of its own, or, on a node without them, in a directory and a process group.
 
-Both kinds answer the same questions. The zygote asks `flags` for the clone, `adopt` and `reap`; its child, before any code
-of a snippet exists in it, `enter` and `rules`.
+Both kinds answer the same questions. The zygote asks `flags` for the clone, whether it `prepares` a child for the next request,
+and `adopt`, `reap` and `end`; its child, before any code of a snippet exists in it, `enter` and `rules`.
 """
 
 import os
