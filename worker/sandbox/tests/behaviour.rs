@@ -174,6 +174,8 @@ fn equal_seeds_give_equal_numbers_in_any_order_and_others_differ() {
 #[test]
 fn numpy_random_is_there_however_it_is_asked_for_and_seeded() {
     let drawn = run("import numpy as np\nprint(np.random.rand())").stdout;
+    let other = Snippet { code: "import numpy as np\nprint(np.random.rand())", seed: 99, limits: None };
+    assert_ne!(sandbox().run(&other).expect("the sandbox works").stdout, drawn, "another seed");
     for code in [
         "import numpy.random\nprint(numpy.random.rand())",
         "from numpy.random import rand\nprint(rand())",
